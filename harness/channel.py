@@ -1,0 +1,127 @@
+"""The client's end of the Pipe: one request, one reply, each by a deadline, from any number of threads.
+
+An exception may strike between any two instructions of the main thread (Ctrl-C, pytest-timeout's SIGALRM). So a frame
+is sent by one system call, whole or not at all, and a reply is looked at first and taken out of the socket only when it
+has been filed: doing that twice does no harm, being interrupted half-way loses nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import select
+import socket
+import threading
+import time
+
+from harness import frames
+
+_PEEK_BYTES = 1 << 18
+# The message id of what a watchdog says that cannot start.
+_LAST_WORDS = 0
+
+
+class ChannelClosed(Exception):  # noqa: N818 - it is a fact, which the caller turns into an error with a reason
+    """The other end is closed."""
+
+
+class NoReply(Exception):  # noqa: N818 - as above
+    """The other end did not take the request, or did not reply, by the deadline."""
+
+
+class Channel:
+    """Sends requests and gives each thread the reply to its own."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Take over the file descriptor of the client's end."""
+        self._socket = socket.socket(fileno=descriptor)
+        self._socket.setblocking(False)
+        # Half of this must hold a frame, or the kernel could take a part of one (frames.py).
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * frames.CHUNK_BYTES)
+        self._ids = itertools.count(1)
+        self._state = threading.Condition()
+        self._reader: int | None = None
+        self._assembler = frames.Assembler()
+        self._awaited = {_LAST_WORDS}
+        self._replies: dict[int, bytes] = {}
+
+    def close(self) -> None:
+        """Close this end; the watchdog takes that as the end of the test process."""
+        self._socket.close()
+
+    def request(self, message: bytes, timeout_s: float) -> bytes:
+        """Send a request and wait for its reply; raises ChannelClosed or NoReply."""
+        deadline = time.monotonic() + timeout_s
+        message_id = next(self._ids)
+        try:
+            self._awaited.add(message_id)
+            for frame in frames.split(message_id, message):
+                self._send(frame, deadline)
+            return self._reply(message_id, deadline)
+        except OSError:
+            raise ChannelClosed from None
+        finally:
+            self._awaited.discard(message_id)
+            self._replies.pop(message_id, None)
+
+    def last_words(self) -> bytes | None:
+        """Give what the other end said before it died, if it could."""
+        with contextlib.suppress(OSError, ChannelClosed), self._state:
+            self._file_replies()
+        return self._replies.get(_LAST_WORDS)
+
+    def _send(self, frame: bytes, deadline: float) -> None:
+        while True:
+            try:
+                sent = self._socket.send(frame)
+            except BlockingIOError:
+                self._await(select.POLLOUT, deadline)
+            else:
+                if sent != len(frame):
+                    raise ChannelClosed  # never seen, see above; the stream would be of no more use
+                return
+
+    def _reply(self, message_id: int, deadline: float) -> bytes:
+        me = threading.get_ident()
+        while True:
+            with self._state:
+                if message_id in self._replies:
+                    return self._replies[message_id]
+                # A reader that is this thread was interrupted before it could say that it reads no more.
+                is_reader = self._reader in {None, me}
+                if is_reader:
+                    self._reader = me
+                elif not self._state.wait(max(0.0, deadline - time.monotonic())):
+                    raise NoReply
+            if is_reader:
+                self._read_for_all(deadline)
+
+    def _read_for_all(self, deadline: float) -> None:
+        try:
+            self._await(select.POLLIN, deadline)
+            with self._state:
+                self._file_replies()
+        finally:
+            with self._state:
+                self._reader = None
+                self._state.notify_all()
+
+    def _file_replies(self) -> None:
+        try:
+            seen = self._socket.recv(_PEEK_BYTES, socket.MSG_PEEK)
+        except BlockingIOError:
+            return
+        if not seen:
+            raise ChannelClosed
+        chunks, used = frames.parse(seen)
+        for chunk in chunks:
+            reply = self._assembler.add(chunk)
+            if reply is not None and chunk.message_id in self._awaited:
+                self._replies[chunk.message_id] = reply
+        self._socket.recv(used)
+
+    def _await(self, event: int, deadline: float) -> None:
+        poll = select.poll()
+        poll.register(self._socket, event)
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise NoReply

@@ -1,0 +1,215 @@
+"""`Watchdog`: the front door."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness import logs, messages, procfs, specs, state_dir
+from harness.errors import HarnessError, LaunchFailed, SpecError
+from harness.group import ServerGroup
+from harness.launching import Launcher
+from harness.link import Link
+from harness.outcomes import StopReport, outcome_of
+from harness.server import Server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from types import TracebackType
+
+    from harness.specs import StrPath
+
+DEFAULT_CRASH_GRACE_S = 5.0
+
+
+class Watchdog(Launcher):
+    """One watchdog process, which owns every server that is launched through it.
+
+    Use it as a context manager, or call `start` and `close`. When this process ends in any way, or hangs and is killed,
+    the watchdog asks every server to exit, kills what is left after `crash_grace_s` (at most), and ends.
+
+    `state_dir`: see the README, "State". `log_dir`: where servers' logs are kept; by default they are in the state
+    directory and are removed a day after this process has ended. Raises SpecError for a wrong argument.
+    """
+
+    def __init__(
+        self,
+        *,
+        state_dir: StrPath | None = None,
+        log_dir: StrPath | None = None,
+        crash_grace_s: float = DEFAULT_CRASH_GRACE_S,
+    ) -> None:
+        """Take the options; nothing is started yet."""
+        self._given_state_dir = None if state_dir is None else specs.text(state_dir, "state_dir")
+        self._given_log_dir = None if log_dir is None else Path(specs.text(log_dir, "log_dir")).absolute()
+        self._crash_grace_s = specs.seconds(crash_grace_s, "crash_grace_s")
+        self._link: Link | None = None
+        self._log_dir = Path()
+        self._lock = threading.Lock()
+        self._servers: list[Server] = []
+        self._names = itertools.count()
+
+    def __repr__(self) -> str:
+        """Name the process and how many servers it has been given."""
+        return f"<Watchdog pid={self._link.pid if self._link else None} servers={len(self._servers)}>"
+
+    def start(self) -> Watchdog:
+        """Fork the watchdog, and return this object; does nothing if it has been started.
+
+        Raises PlatformNotSupported where the platform lacks something, HarnessError for a bad state directory.
+        """
+        if self._link is None:
+            directory = state_dir.find(self._given_state_dir)
+            state_dir.prune(directory)
+            run = state_dir.run_dir(directory)
+            self._log_dir = self._given_log_dir or run
+            self._link = Link(run / "watchdog.log", crash_grace_s=self._crash_grace_s)
+        return self
+
+    def _started(self) -> Link:
+        if self._link is None:
+            raise HarnessError("this watchdog has not been started: use `with Watchdog() as watchdog`, or call start()")
+        return self._link
+
+    @property
+    def pid(self) -> int | None:
+        """Give the pid of the watchdog process, None before it is started."""
+        return self._link.pid if self._link else None
+
+    @property
+    def is_alive(self) -> bool:
+        """Say whether the watchdog process runs, and belongs to this process."""
+        return self._link is not None and self._link.is_alive
+
+    @property
+    def servers(self) -> tuple[Server, ...]:
+        """Give every server that was launched or adopted, in that order, those that have ended included."""
+        with self._lock:
+            return tuple(self._servers)
+
+    def launch_spec(self, spec: specs.ServerSpec) -> Server:
+        """Start a server that has been checked; for `launch` only."""
+        link = self._started()
+        name = spec.name if spec.name is not None else f"{Path(spec.command[0]).name}-{next(self._names)}"
+        log_path = self._new_log(name)
+        request = messages.Launch(
+            name=name,
+            command=spec.command,
+            environment=spec.environment,
+            templated=list(spec.templated),
+            cwd=spec.cwd,
+            ports=list(spec.ports),
+            log_path=str(log_path),
+            log_dir=str(self._log_dir),
+            ask=spec.ask,
+            grace_s=spec.grace_s,
+        )
+        link.longest_grace_s = max(link.longest_grace_s, spec.grace_s)
+        try:
+            launched = link.request(request, messages.Launched)
+        except LaunchFailed:
+            log_path.unlink(missing_ok=True)
+            raise
+        return self._add(Server(link, launched, spec, name=name, log_path=log_path))
+
+    def _new_log(self, name: str) -> Path:
+        try:
+            return logs.new_path(self._log_dir, name)
+        except OSError as error:
+            raise SpecError(f"cannot make the log directory {self._log_dir}: {error.strerror}") from None
+
+    def _add(self, server: Server) -> Server:
+        with self._lock:
+            self._servers.append(server)
+        return server
+
+    def adopt(self, pid: int, *, name: str | None = None, grace_s: float = specs.DEFAULT_GRACE_S) -> Server:
+        """Own a process that this process started itself: it is stopped like a server, also after a crash.
+
+        Best effort: a daemon that leaves its tree unseen is not found, and its return code is known to its parent alone,
+        which must reap it. Raises SpecError if `pid` is no living descendant of this process.
+        """
+        link = self._started()
+        checked = specs.seconds(grace_s, "grace_s")
+        found = self._own_descendant(link, pid)
+        chosen = specs.name(name) if name is not None else f"adopted-{pid}"
+        link.longest_grace_s = max(link.longest_grace_s, checked)
+        try:
+            launched = link.request(messages.Adopt(chosen, pid, found.start_time, checked), messages.Launched)
+        except LaunchFailed as error:
+            raise SpecError(str(error)) from None
+        spec = specs.ServerSpec(name=chosen, grace_s=checked)
+        return self._add(Server(link, launched, spec, name=chosen, log_path=Path(os.devnull)))
+
+    def _own_descendant(self, link: Link, pid: int) -> procfs.Stat:
+        if isinstance(pid, bool) or not isinstance(pid, int) or pid <= 0:
+            raise SpecError(f"a pid is a number above 0, not {pid!r}")
+        found = procfs.stat(pid)
+        if found is None or found.state in "ZX":
+            raise SpecError(f"there is no living process {pid}")
+        if pid == link.pid or pid in procfs.descendants(link.pid) or pid not in procfs.descendants(os.getpid()):
+            raise SpecError(f"process {pid} was not started by this process: only its own can be adopted")
+        return found
+
+    def group(self, name: str | None = None, *, gpus: object = None) -> ServerGroup:
+        """Make a group: servers that are launched through it are stopped together."""
+        specs.not_yet(gpus=gpus)
+        chosen = specs.name(name) if name is not None else f"group-{next(self._names)}"
+        return ServerGroup(self, chosen)
+
+    def stop(self, servers: Iterable[Server], *, grace_s: float | None = None) -> StopReport:
+        """Stop any servers of this watchdog in parallel; return when no process of them is left.
+
+        `grace_s` overrides each server's own. Servers that have been stopped already report how they ended.
+        """
+        link = self._started()
+        limit = specs.optional_seconds(grace_s, "grace_s")
+        chosen = list(dict.fromkeys(servers))
+        foreign = [server for server in chosen if server not in self.servers]
+        if foreign:
+            raise SpecError(f"{foreign[0]!r} is not a server of this watchdog")
+        pending = [server for server in chosen if server.outcome is None]
+        seconds = 0.0
+        if pending:
+            longest_s = limit or max(server.grace_s for server in pending)
+            request = messages.Stop([server.key for server in pending], limit, kill=False)
+            stopped = link.request(request, messages.Stopped, timeout_s=longest_s)
+            _record(pending, stopped)
+            seconds = stopped.seconds
+        return StopReport(tuple(server.outcome for server in chosen if server.outcome is not None), seconds)
+
+    def close(self) -> StopReport:
+        """Stop every server in parallel, and end the watchdog. A second call reports the same.
+
+        Raises WatchdogDied if the watchdog had died, in which case the keepers have stopped the servers.
+        """
+        if self._link is None:
+            return StopReport((), 0.0)
+        self._link.close()
+        seconds = 0.0
+        if self._link.report is not None:
+            _record(self.servers, self._link.report)
+            seconds = self._link.report.seconds
+        return StopReport(tuple(s.outcome for s in self.servers if s.outcome is not None), seconds)
+
+    def __enter__(self) -> Watchdog:
+        """Start the watchdog."""
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop everything; raises Leaked if something survived and the body raised nothing."""
+        report = self.close()
+        if error is None:
+            report.raise_if_leaked()
+
+
+def _record(servers: Sequence[Server], stopped: messages.Stopped) -> None:
+    by_key = {outcome.key: outcome for outcome in stopped.outcomes}
+    for server in servers:
+        if server.key in by_key:
+            server.record(outcome_of(by_key[server.key]))

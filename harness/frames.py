@@ -1,0 +1,89 @@
+"""The frames that cross the Pipe: pure bytes in, bytes out.
+
+A message is cut into chunks, and each chunk becomes one frame in the format of `multiprocessing.connection` (a signed
+32-bit length in network order, then that many bytes). A frame is small enough for the kernel to take it whole or not at
+all: `unix_stream_sendmsg` puts up to half the send buffer (212,992 bytes by default, socket(7)) into one buffer of its
+own. So a process that is stopped or interrupted between two system calls never leaves half a frame behind.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+_LENGTH = struct.Struct("!i")
+_HEADER = struct.Struct("!IHH")
+CHUNK_BYTES = 60_000
+MESSAGE_BYTES = 8 << 20
+UNFINISHED_MESSAGES = 64
+
+
+class FrameError(ValueError):
+    """The peer sent bytes that are not frames, or more of them than a message may have."""
+
+
+class Chunk(NamedTuple):
+    """One part of a message: the message's id, which part of how many, and its bytes."""
+
+    message_id: int
+    part: int
+    parts: int
+    data: bytes
+
+
+def split(message_id: int, message: bytes) -> list[bytes]:
+    """Cut a message into frames; raises FrameError if it is larger than 8 MiB."""
+    if len(message) > MESSAGE_BYTES:
+        raise FrameError(f"a message of {len(message)} bytes: the limit is {MESSAGE_BYTES}")
+    parts = [message[at : at + CHUNK_BYTES] for at in range(0, len(message), CHUNK_BYTES)] or [b""]
+    return [_frame(Chunk(message_id, index, len(parts), data)) for index, data in enumerate(parts)]
+
+
+def _frame(chunk: Chunk) -> bytes:
+    body = _HEADER.pack(chunk.message_id, chunk.part, chunk.parts) + chunk.data
+    return _LENGTH.pack(len(body)) + body
+
+
+def parse(data: bytes) -> tuple[list[Chunk], int]:
+    """Give the whole frames at the start of `data`, and how many bytes they are."""
+    chunks: list[Chunk] = []
+    at = 0
+    while len(data) - at >= _LENGTH.size:
+        (length,) = _LENGTH.unpack_from(data, at)
+        if not _HEADER.size <= length <= _HEADER.size + CHUNK_BYTES:
+            raise FrameError(f"a frame of {length} bytes")
+        end = at + _LENGTH.size + length
+        if end > len(data):
+            break
+        chunks.append(_chunk(data[at + _LENGTH.size : end]))
+        at = end
+    return chunks, at
+
+
+def _chunk(body: bytes) -> Chunk:
+    message_id, index, count = _HEADER.unpack_from(body)
+    if index >= count or count > MESSAGE_BYTES // CHUNK_BYTES + 1:
+        raise FrameError(f"chunk {index} of {count}")
+    return Chunk(message_id, index, count, body[_HEADER.size :])
+
+
+class Assembler:
+    """Puts the chunks of messages together again, also when those of several messages come mixed.
+
+    A message whose sender gave up half-way is forgotten after some others have begun.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._parts: dict[int, dict[int, bytes]] = {}
+
+    def add(self, chunk: Chunk) -> bytes | None:
+        """Take a chunk; give the message if it is complete now."""
+        parts = self._parts.setdefault(chunk.message_id, {})
+        parts[chunk.part] = chunk.data
+        if len(parts) == chunk.parts:
+            del self._parts[chunk.message_id]
+            return b"".join(parts[index] for index in sorted(parts))
+        while len(self._parts) > UNFINISHED_MESSAGES:
+            del self._parts[next(iter(self._parts))]
+        return None

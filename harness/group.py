@@ -1,0 +1,114 @@
+"""Servers that are stopped together."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+from harness import specs, waiting
+from harness.errors import HarnessError, SpecError
+from harness.launching import Launcher
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+
+    from harness.outcomes import StopReport
+    from harness.server import Server
+
+
+class _Owner(Protocol):
+    """What a group needs of its watchdog."""
+
+    def launch_spec(self, spec: specs.ServerSpec) -> Server: ...
+
+    def stop(self, servers: Iterable[Server], *, grace_s: float | None = None) -> StopReport: ...
+
+
+class ServerGroup(Launcher):
+    """Some servers of one watchdog. Leaving it as a context manager stops them all in parallel.
+
+    Servers may be launched from several threads.
+    """
+
+    def __init__(self, owner: _Owner, name: str) -> None:
+        """Not for users: a group is made by `Watchdog.group`."""
+        self._owner = owner
+        self.name = name
+        self._lock = threading.Lock()
+        self._names: set[str] = set()
+        self._servers: list[Server] = []
+        self._has_been_left = False
+
+    def __repr__(self) -> str:
+        """Name the group and its servers."""
+        return f"<ServerGroup {self.name!r} {[server.name for server in self.servers]}>"
+
+    @property
+    def servers(self) -> tuple[Server, ...]:
+        """Give the servers that were launched in this group, in that order."""
+        with self._lock:
+            return tuple(self._servers)
+
+    def launch_spec(self, spec: specs.ServerSpec) -> Server:
+        """Start a server whose name is unique in the group; for `launch` only."""
+        name = self._reserve(spec.name)
+        try:
+            server = self._owner.launch_spec(replace(spec, name=name))
+        except BaseException:
+            with self._lock:
+                self._names.discard(name)
+            raise
+        self._add(server)
+        return server
+
+    def _reserve(self, name: str | None) -> str:
+        with self._lock:
+            if self._has_been_left:
+                raise HarnessError(f"group {self.name!r} has been left: it launches nothing more")
+            if name in self._names:
+                raise SpecError(f"group {self.name!r} has a server named {name!r} already")
+            chosen = name if name is not None else self._free_name()
+            self._names.add(chosen)
+            return chosen
+
+    def _free_name(self) -> str:
+        number = len(self._names)
+        while f"{self.name}-{number}" in self._names:
+            number += 1
+        return f"{self.name}-{number}"
+
+    def _add(self, server: Server) -> None:
+        with self._lock:
+            self._servers.append(server)
+            is_late = self._has_been_left
+        if is_late:
+            server.stop()
+            raise HarnessError(f"group {self.name!r} was left while {server.name!r} was launching: it has been stopped")
+
+    def wait_ready(self, timeout_s: float | None = None) -> ServerGroup:
+        """Wait for all at once, and return this group; the first server that dies or fails ends the wait for all.
+
+        Raises what `Server.wait_ready` raises. Without `timeout_s` each server has its own `ready_timeout_s`.
+        """
+        waiting.wait_ready(list(self.servers), specs.optional_seconds(timeout_s, "timeout_s"))
+        return self
+
+    def stop(self, *, grace_s: float | None = None) -> StopReport:
+        """Stop all servers of the group in parallel; return when no process of them is left."""
+        return self._owner.stop(self.servers, grace_s=grace_s)
+
+    def __enter__(self) -> ServerGroup:
+        """Give the group itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop all servers; raises Leaked if something survived and the body raised nothing."""
+        with self._lock:
+            self._has_been_left = True
+        report = self.stop()
+        if error is None:
+            report.raise_if_leaked()

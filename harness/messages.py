@@ -1,0 +1,226 @@
+"""The messages between the client, the watchdog and its keepers, as frozen types, and their form on the wire.
+
+On the wire a message is JSON, `["Launch", {...}]`: decoding it runs no code. Names and texts that are not UTF-8 travel
+as lone surrogates, as `os.fsdecode` made them. Seconds are floats; a server is known by its `key`, a number that the
+watchdog gives it and never uses twice.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple, Union
+
+
+class MessageError(ValueError):
+    """The peer sent something that is no message of this version."""
+
+
+# ---- requests: the client asks, the watchdog replies to each exactly once
+
+
+class Launch(NamedTuple):
+    """Start a server. `templated` names the entries of `environment` in which tokens are replaced."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+    templated: list[str]
+    cwd: str
+    ports: list[str]
+    log_path: str
+    log_dir: str
+    ask: str
+    grace_s: float
+
+
+class Adopt(NamedTuple):
+    """Own a process that the test process started itself. `start_time` is field 22 of its /proc/PID/stat."""
+
+    name: str
+    pid: int
+    start_time: int
+    grace_s: float
+
+
+class Stop(NamedTuple):
+    """Stop servers in parallel; `kill` skips the asking. The reply comes when all are gone."""
+
+    keys: list[int]
+    grace_s: float | None
+    kill: bool
+
+
+class SendSignal(NamedTuple):
+    """Send a signal to the server's root."""
+
+    key: int
+    signal: int
+
+
+class Wait(NamedTuple):
+    """Reply once the root has exited (`until="exit"`) or the whole tree is gone (`"gone"`), or after `timeout_s`."""
+
+    key: int
+    until: str
+    timeout_s: float
+
+
+class Status(NamedTuple):
+    """Reply with the server's status at once."""
+
+    key: int
+
+
+class Close(NamedTuple):
+    """Stop everything, reply, and end the watchdog."""
+
+
+# ---- replies
+
+
+class Launched(NamedTuple):
+    """The server's root exists."""
+
+    key: int
+    pid: int
+    start_time: int
+    keeper: int
+    ports: dict[str, int]
+
+
+class Failed(NamedTuple):
+    """The request failed; `error` is the name of an error class."""
+
+    error: str
+    message: str
+
+
+class Survivor(NamedTuple):
+    """A process that SIGKILL did not end: its state letter and wait channel are those of proc(5)."""
+
+    pid: int
+    state: str
+    wait_channel: str
+    command: str
+
+
+class Outcome(NamedTuple):
+    """How one server ended. `how` is exited, asked, killed or unkillable; `returncode` is Popen's, None if unknown."""
+
+    key: int
+    name: str
+    pid: int
+    how: str
+    returncode: int | None
+    seconds: float
+    survivors: list[Survivor]
+
+
+class Stopped(NamedTuple):
+    """All servers of a Stop or Close are gone, or have been given up as unkillable."""
+
+    outcomes: list[Outcome]
+    seconds: float
+
+
+class ServerStatus(NamedTuple):
+    """What the watchdog knows of a server now. `root_exited` says whether `returncode` is final."""
+
+    key: int
+    phase: str
+    root_exited: bool
+    returncode: int | None
+
+
+class Done(NamedTuple):
+    """The request was carried out."""
+
+
+# ---- between the watchdog and a keeper
+
+
+class AskOrder(NamedTuple):
+    """Stop politely; `root_asked` says that the watchdog has sent SIGTERM to the root already."""
+
+    root_asked: bool
+
+
+class KillOrder(NamedTuple):
+    """Kill the whole tree now."""
+
+
+class RootStarted(NamedTuple):
+    """The root has executed its program."""
+
+    pid: int
+    start_time: int
+
+
+class RootFailed(NamedTuple):
+    """The root could not execute its program, with the reason in words."""
+
+    message: str
+
+
+class KillBegun(NamedTuple):
+    """The keeper has read the order to kill: it is not hung."""
+
+
+class RootExit(NamedTuple):
+    """The root has been reaped."""
+
+    returncode: int
+
+
+class TreeEmpty(NamedTuple):
+    """The kernel says that the keeper has no child left."""
+
+
+class Unkilled(NamedTuple):
+    """These processes were sent SIGKILL and are still there after the time given to them."""
+
+    survivors: list[Survivor]
+
+
+Request = Union[Launch, Adopt, Stop, SendSignal, Wait, Status, Close]
+Reply = Union[Launched, Failed, Stopped, ServerStatus, Done]
+Order = Union[AskOrder, KillOrder]
+Report = Union[RootStarted, RootFailed, KillBegun, RootExit, TreeEmpty, Unkilled]
+Message = Union[Request, Reply, Order, Report]
+
+_KINDS: dict[str, type[Message]] = {
+    kind.__name__: kind
+    for kind in (
+        *(Launch, Adopt, Stop, SendSignal, Wait, Status, Close),
+        *(Launched, Failed, Stopped, ServerStatus, Done),
+        *(AskOrder, KillOrder),
+        *(RootStarted, RootFailed, KillBegun, RootExit, TreeEmpty, Unkilled),
+    )
+}
+
+
+def encode(message: Message) -> bytes:
+    """Give the message's form on the wire."""
+    return json.dumps([type(message).__name__, message._asdict()]).encode()
+
+
+def decode(data: bytes) -> Message:
+    """Read a message; raises MessageError for anything else."""
+    try:
+        name, fields = json.loads(data)
+        return _with_nested(_KINDS[name](**fields))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise MessageError(f"not a message: {type(error).__name__}") from None
+
+
+def _with_nested(message: Message) -> Message:
+    if isinstance(message, Stopped):
+        outcomes = [Outcome(*fields) for fields in message.outcomes]
+        return message._replace(outcomes=[o._replace(survivors=_survivors(o.survivors)) for o in outcomes])
+    if isinstance(message, Unkilled):
+        return Unkilled(_survivors(message.survivors))
+    return message
+
+
+def _survivors(rows: list[Survivor]) -> list[Survivor]:
+    return [Survivor(*row) for row in rows]

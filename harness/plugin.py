@@ -1,0 +1,40 @@
+"""The pytest plugin: options, and one watchdog for each process that runs tests."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from harness import session
+from harness.fixtures import server_group, watchdog
+
+if TYPE_CHECKING:
+    import pytest
+
+__all__ = ["server_group", "watchdog"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options, each with an ini name in underscores."""
+    group = parser.getgroup("harness", "servers owned by a watchdog")
+    group.addoption(
+        "--harness-log-dir",
+        metavar="DIR",
+        help="keep the servers' logs in DIR (ini: harness_log_dir). By default they are in the state directory, and are"
+        " removed a day after the run.",
+    )
+    parser.addini("harness_log_dir", "keep the servers' logs in this directory")
+    parser.addini(
+        "harness_crash_grace_s",
+        "seconds between asking and killing each server when the test process has died (default: 5.0)",
+        default="5.0",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Fork the watchdog early, while this process is small; not in a pytest-xdist controller, which runs no test."""
+    if not _is_controller(config):
+        session.start(config)
+
+
+def _is_controller(config: pytest.Config) -> bool:
+    return not hasattr(config, "workerinput") and bool(config.getoption("tx", default=None))

@@ -1,0 +1,92 @@
+"""What /proc says of processes: trees, identity, state. Used by both sides; reads only.
+
+A pid is a promise of nothing: a process is known by (pid, start time), where the start time is field 22 of
+/proc/PID/stat (clock ticks since boot, proc(5)).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+
+class Stat(NamedTuple):
+    """Some fields of /proc/PID/stat."""
+
+    pid: int
+    state: str
+    parent: int
+    process_group: int
+    session: int
+    start_time: int
+
+
+def stat(pid: int) -> Stat | None:
+    """Read a process's stat; None if there is no such process."""
+    text = _read(f"/proc/{pid}/stat")
+    if not text:
+        return None
+    # The command name is in parentheses, and may itself hold spaces and parentheses.
+    fields = text[text.rindex(b")") + 2 :].split()
+    return Stat(pid, fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
+
+
+def is_alive(pid: int, start_time: int) -> bool:
+    """Say whether exactly this process exists and is no zombie."""
+    found = stat(pid)
+    return found is not None and found.start_time == start_time and found.state not in "ZX"
+
+
+def children(pid: int) -> list[int]:
+    """Give the children of all threads of a process; processes that are forked meanwhile may be missed.
+
+    Source: /proc/PID/task/TID/children, proc(5), since Linux 3.5 with CONFIG_PROC_CHILDREN.
+    """
+    found: list[int] = []
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return found
+    for thread in threads:
+        found += map(int, _read(f"/proc/{pid}/task/{thread}/children").split())
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """Give the children of a process, their children and so on; each before its own children."""
+    found: list[int] = []
+    seen = {pid}
+    queue = [pid]
+    while queue:
+        fresh = [child for child in children(queue.pop(0)) if child not in seen]
+        seen.update(fresh)
+        found += fresh
+        queue += fresh
+    return found
+
+
+def command_line(pid: int) -> str:
+    """Give the command line as text, or "" if it has none (a zombie or a kernel thread)."""
+    return _read(f"/proc/{pid}/cmdline").rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
+
+
+def wait_channel(pid: int) -> str:
+    """Give the kernel function in which the process sleeps, or "" if it is not known."""
+    return _read(f"/proc/{pid}/wchan").decode(errors="replace").strip("0")
+
+
+def _read(path: str) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        parts = []
+        while part := os.read(descriptor, 65536):
+            parts.append(part)
+    except OSError:
+        return b""
+    else:
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)

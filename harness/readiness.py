@@ -1,0 +1,281 @@
+"""The readiness checks: `http_ok`, `port_open`, `log_line`, or any callable that takes the server and gives a bool.
+
+A check is asked again and again by one thread that waits for many servers, so a check of ours never blocks: it is a
+`Probe` that does one step at a time and says which descriptor it waits for.
+"""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import os
+import re
+import socket
+from typing import TYPE_CHECKING, Protocol
+
+from harness import listeners, specs
+from harness.errors import SpecError
+
+if TYPE_CHECKING:
+    from harness.server import Server
+
+_ANSWER_TIMEOUT_S = 1.0
+_READ_BYTES = 1 << 20
+_LINE_BYTES = 1 << 16
+
+
+class Probe(Protocol):
+    """One server's check under way."""
+
+    seen: str
+    """What was seen last, for the error."""
+
+    @property
+    def waits_for(self) -> int | None:
+        """Give the descriptor whose readability is worth another step; None: only time is."""
+
+    def step(self) -> bool:
+        """Go one step further without blocking, and say whether the server is ready."""
+
+    def close(self) -> None:
+        """Let go of what the probe holds."""
+
+
+class HttpOk:
+    """Ready when GET on the path answers with the status, from the server's own tree."""
+
+    def __init__(self, path: str, status: int, port: int | None) -> None:
+        """Take what `http_ok` checked."""
+        self.path = path
+        self.status = status
+        self.port = port
+
+    def __repr__(self) -> str:
+        """Say what is waited for."""
+        return f"HTTP {self.status} from {self.path}"
+
+    def __call__(self, server: Server) -> bool:
+        """Ask once, waiting at most 1 s for the answer."""
+        return _once(self.begin(server))
+
+    def begin(self, server: Server) -> Probe:
+        """Begin to probe a server."""
+        return _HttpProbe(server, self)
+
+
+class PortOpen:
+    """Ready when the server's own tree listens on the port."""
+
+    def __init__(self, port: int | None) -> None:
+        """Take what `port_open` checked."""
+        self.port = port
+
+    def __repr__(self) -> str:
+        """Say what is waited for."""
+        return f"port {self.port or 'of the server'} to be open"
+
+    def __call__(self, server: Server) -> bool:
+        """Look once."""
+        return _once(self.begin(server))
+
+    def begin(self, server: Server) -> Probe:
+        """Begin to probe a server."""
+        return _PortProbe(server, self.port if self.port is not None else server.port)
+
+
+class LogLine:
+    """Ready when a line of the server's log matches the pattern."""
+
+    def __init__(self, pattern: re.Pattern[str]) -> None:
+        """Take what `log_line` checked."""
+        self.pattern = pattern
+
+    def __repr__(self) -> str:
+        """Say what is waited for."""
+        return f"a log line that matches {self.pattern.pattern!r}"
+
+    def __call__(self, server: Server) -> bool:
+        """Look through the log once."""
+        return _once(self.begin(server))
+
+    def begin(self, server: Server) -> Probe:
+        """Begin to probe a server."""
+        return _LogProbe(server, self.pattern)
+
+
+def http_ok(path: str = "/health", *, status: int = 200, port: int | None = None) -> HttpOk:
+    """Wait for an HTTP status from a path of the server's main port, or of `port`. Raises SpecError."""
+    text = specs.text(path, "the path")
+    if not re.fullmatch(r"/[!-~]*", text):
+        raise SpecError(f"the path must begin with '/' and hold no spaces: {text!r}")
+    if isinstance(status, bool) or not isinstance(status, int) or not 100 <= status <= 599:  # noqa: PLR2004 - RFC 9110, 15
+        raise SpecError(f"an HTTP status is a number from 100 to 599, not {status!r}")
+    return HttpOk(text, status, _port(port))
+
+
+def port_open(*, port: int | None = None) -> PortOpen:
+    """Wait until the server listens on its main port, or on `port`. Raises SpecError."""
+    return PortOpen(_port(port))
+
+
+def log_line(pattern: str | re.Pattern[str]) -> LogLine:
+    """Wait for a line of the server's log in which the regular expression is found. Raises SpecError."""
+    if isinstance(pattern, re.Pattern):
+        if not isinstance(pattern.pattern, str):
+            raise SpecError("the pattern must be of text, not of bytes")
+        return LogLine(pattern)
+    try:
+        return LogLine(re.compile(specs.text(pattern, "the pattern")))
+    except re.error as error:
+        raise SpecError(f"{pattern!r} is not a regular expression: {error}") from None
+
+
+def _port(port: int | None) -> int | None:
+    if port is not None and (isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 1 << 16):
+        raise SpecError(f"a port is a number from 1 to 65535, not {port!r}")
+    return port
+
+
+def _once(probe: Probe) -> bool:
+    try:
+        return probe.step() or (probe.waits_for is not None and probe.step())
+    finally:
+        probe.close()
+
+
+def _connect(host: str, port: int) -> socket.socket | None:
+    connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    connection.settimeout(_ANSWER_TIMEOUT_S)
+    result = connection.connect_ex((host, port))
+    # On a port of the ephemeral range a connection can meet itself, when nobody listens (TCP simultaneous open).
+    if result != 0 or connection.getsockname() == connection.getpeername():
+        connection.close()
+        return None
+    return connection
+
+
+class _PortProbe:
+    def __init__(self, server: Server, port: int) -> None:
+        self._server = server
+        self._port = port
+        self.waits_for: int | None = None
+        self.seen = "nothing listens on the port"
+
+    def step(self) -> bool:
+        connection = _connect(self._server.host, self._port)
+        if connection is None:
+            return False
+        connection.close()
+        is_own = listeners.are_all_of(self._server.pids(), self._port)
+        self.seen = f"a process that is not this server's listens on port {self._port}"
+        return is_own
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class _HttpProbe:
+    def __init__(self, server: Server, check: HttpOk) -> None:
+        self._server = server
+        self._check = check
+        self._port = check.port if check.port is not None else server.port
+        self._connection: socket.socket | None = None
+        self.seen = "nothing listens on the port"
+
+    @property
+    def waits_for(self) -> int | None:
+        return None if self._connection is None else self._connection.fileno()
+
+    def step(self) -> bool:
+        if self._connection is None:
+            self._ask()
+            return False
+        if not _is_readable(self._connection):
+            return False
+        try:
+            is_right = self._read_status(self._connection) == self._check.status
+        except (OSError, http.client.HTTPException) as error:
+            self.seen = f"its answer broke off: {error!r}"
+            is_right = False
+        self.close()
+        return is_right and self._is_own()
+
+    def _ask(self) -> None:
+        connection = _connect(self._server.host, self._port)
+        if connection is None:
+            return
+        self.seen = "the port is open, but the request is not answered"
+        lines = (
+            f"GET {self._check.path} HTTP/1.1",
+            f"Host: {self._server.host}:{self._port}",
+            "User-Agent: pytest-watchdog-harness",
+            "Accept: */*",
+            "Connection: close",
+        )
+        try:
+            connection.sendall("\r\n".join((*lines, "", "")).encode())
+        except OSError as error:
+            self.seen = f"the connection broke off: {error}"
+            connection.close()
+        else:
+            self._connection = connection
+
+    def _read_status(self, connection: socket.socket) -> int:
+        response = http.client.HTTPResponse(connection, method="GET")
+        try:
+            response.begin()
+        finally:
+            response.close()
+        self.seen = f"it answered {response.status}"
+        return response.status
+
+    def _is_own(self) -> bool:
+        if listeners.are_all_of(self._server.pids(), self._port):
+            return True
+        self.seen = f"a process that is not this server's answers on port {self._port}"
+        return False
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _is_readable(connection: socket.socket) -> bool:
+    try:
+        connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        return error.errno != errno.EAGAIN
+    return True
+
+
+class _LogProbe:
+    def __init__(self, server: Server, pattern: re.Pattern[str]) -> None:
+        self._path = server.log_path
+        self._pattern = pattern
+        self._at = 0
+        self._line = b""
+        self.waits_for: int | None = None
+        self.seen = "its log is empty"
+
+    def step(self) -> bool:
+        with self._path.open("rb") as log:
+            size = os.fstat(log.fileno()).st_size
+            while self._at < size:
+                log.seek(self._at)
+                data = log.read(_READ_BYTES)
+                self._at += len(data)
+                if not data or self._is_in(data):
+                    return bool(data)
+        return False
+
+    def _is_in(self, data: bytes) -> bool:
+        self.seen = "no line of its log matches"
+        *lines, self._line = (self._line + data).split(b"\n")
+        self._line = self._line[-_LINE_BYTES:]
+        return any(self._pattern.search(line.decode(errors="replace")) for line in (*lines, self._line))
+
+    def close(self) -> None:
+        """Nothing is held."""

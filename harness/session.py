@@ -1,0 +1,57 @@
+"""The one watchdog of a pytest process: started early, kept in pytest's config, closed at its end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from harness.client import DEFAULT_CRASH_GRACE_S, Watchdog
+from harness.errors import HarnessError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_WATCHDOG = pytest.StashKey[Watchdog]()
+_FAILURE = pytest.StashKey[HarnessError]()
+
+
+def start(config: pytest.Config) -> None:
+    """Fork the watchdog; what prevents it is raised only where a test needs a watchdog."""
+    try:
+        log_dir, crash_grace_s = _options(config)
+        owner = Watchdog(log_dir=log_dir, crash_grace_s=crash_grace_s).start()
+    except HarnessError as error:
+        config.stash[_FAILURE] = error
+    else:
+        config.stash[_WATCHDOG] = owner
+        config.add_cleanup(lambda: _close(owner))
+
+
+def _close(owner: Watchdog) -> None:
+    owner.close()
+
+
+def watchdog_of(config: pytest.Config) -> Watchdog:
+    """Give this process's watchdog, which is started now if the plugin has not done it; raises why it cannot run."""
+    if _WATCHDOG not in config.stash and _FAILURE not in config.stash:
+        start(config)
+    if _FAILURE in config.stash:
+        raise config.stash[_FAILURE]
+    return config.stash[_WATCHDOG]
+
+
+def _options(config: pytest.Config) -> tuple[Path | None, float]:
+    try:
+        log_dir = config.getoption("harness_log_dir") or config.getini("harness_log_dir")
+        grace = config.getini("harness_crash_grace_s")
+    except ValueError:
+        return None, DEFAULT_CRASH_GRACE_S  # only the fixtures were imported: the plugin's options are unknown
+    return (config.invocation_params.dir / str(log_dir) if log_dir else None), _seconds(str(grace))
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise pytest.UsageError(f"harness_crash_grace_s must be a number of seconds, not {text!r}") from None

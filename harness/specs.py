@@ -1,0 +1,154 @@
+"""Checks what a user asks for, before anything is started. Pure but for looking at the working directory."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Optional, Union
+
+from harness import templates
+from harness.errors import SpecError
+
+if TYPE_CHECKING:
+    from harness.server import Server
+
+StrPath = Union[str, "os.PathLike[str]"]
+Ready = Optional[Callable[["Server"], bool]]
+DEFAULT_GRACE_S = 15.0
+DEFAULT_READY_TIMEOUT_S = 480.0
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """A server as it was asked for, checked."""
+
+    name: str | None
+    command: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    templated: tuple[str, ...] = ()
+    cwd: str = ""
+    ready: Ready = None
+    ready_timeout_s: float = DEFAULT_READY_TIMEOUT_S
+    grace_s: float = DEFAULT_GRACE_S
+    ask: str = "root"
+    ports: tuple[str, ...] = ()
+
+
+def text(value: object, what: str, *, may_be_empty: bool = False) -> str:
+    """Check a text that is to reach execve: a string without NUL."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str):
+        raise SpecError(f"{what} must be a string, not {type(value).__name__}")
+    if "\0" in value:
+        raise SpecError(f"{what} holds a NUL byte")
+    if not value and not may_be_empty:
+        raise SpecError(f"{what} is empty")
+    return value
+
+
+def seconds(value: object, what: str) -> float:
+    """Check a time: a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SpecError(f"{what} must be a number of seconds, not {type(value).__name__}")
+    if not math.isfinite(value) or value <= 0:
+        raise SpecError(f"{what} must be more than 0 seconds, not {value}")
+    return float(value)
+
+
+def optional_seconds(value: object, what: str) -> float | None:
+    """Check a time that may be None."""
+    return None if value is None else seconds(value, what)
+
+
+def name(value: object) -> str:
+    """Check a server's or group's name."""
+    return text(value, "a name")
+
+
+def optional_name(value: object) -> str | None:
+    """Check a name that may be None."""
+    return None if value is None else name(value)
+
+
+def command(value: object) -> list[str]:
+    """Check a command: a non-empty list or tuple of strings or paths."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise SpecError(f"the command must be a list of strings, not {type(value).__name__}")
+    if not value:
+        raise SpecError("the command is empty")
+    first = text(value[0], "the program")
+    return [
+        first,
+        *(text(part, f"argument {at} of the command", may_be_empty=True) for at, part in enumerate(value[1:], 1)),
+    ]
+
+
+def ports(value: object) -> tuple[str, ...]:
+    """Check the names of the ports beside the main one."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise SpecError("ports must be a list of names")
+    names = tuple(text(port, "a port's name") for port in value)
+    bad = [port for port in names if set(port) & set("{}:")]
+    if bad:
+        raise SpecError(f"a port's name must not hold braces or colons: {bad[0]!r}")
+    if len(set(names)) != len(names):
+        raise SpecError(f"a port's name is there twice: {', '.join(names)}")
+    return names
+
+
+def ask(value: object) -> str:
+    """Check how a server is asked to exit."""
+    if value not in {"root", "group"}:
+        raise SpecError(f'ask must be "root" or "group", not {value!r}')
+    return str(value)
+
+
+def ready(value: object) -> Ready:
+    """Check a readiness check: a callable or None."""
+    if value is not None and not callable(value):
+        raise SpecError(f"ready must be a callable, such as harness.http_ok(), not {type(value).__name__}")
+    return value
+
+
+def environment(changes: object) -> dict[str, str]:
+    """Give `os.environ` as it is now with `changes` over it; None removes a name."""
+    if changes is not None and not isinstance(changes, Mapping):
+        raise SpecError(f"env must be a mapping, not {type(changes).__name__}")
+    merged = dict(os.environ)
+    for key, value in (changes or {}).items():
+        variable = text(key, "a name in env")
+        if "=" in variable:
+            raise SpecError(f"a name in env holds '=': {variable!r}")
+        if value is None:
+            merged.pop(variable, None)
+        else:
+            merged[variable] = text(value, f"the value of {variable!r} in env", may_be_empty=True)
+    return merged
+
+
+def working_directory(value: StrPath | None) -> str:
+    """Give the absolute working directory; it must exist."""
+    try:
+        directory = os.path.abspath(text(value, "cwd")) if value is not None else os.getcwd()
+    except FileNotFoundError:
+        raise SpecError("the working directory of this process does not exist any more: give cwd") from None
+    if not os.path.isdir(directory):
+        raise SpecError(f"cwd {directory!r} does not exist or is not a directory")
+    return directory
+
+
+def check_tokens(spec: ServerSpec) -> None:
+    """Raise SpecError for a `{port:NAME}` whose name is not among the server's ports."""
+    for checked in (*spec.command, *(spec.environment[key] for key in spec.templated)):
+        for unknown in templates.unknown_ports(checked, spec.ports):
+            raise SpecError(f"{{port:{unknown}}} is not among ports={list(spec.ports)}")
+
+
+def not_yet(**given: object) -> None:
+    """Raise SpecError for an argument of the contract that this version does not carry out."""
+    for argument, value in given.items():
+        if value is not None:
+            raise SpecError(f"{argument}= is not available in this version")

@@ -1,0 +1,63 @@
+"""The state directory: where it is, and that nobody else can have planted it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import time
+from pathlib import Path
+
+from harness import procfs
+from harness.errors import HarnessError
+
+# Logs of a run that died are kept this long, so that somebody can read them.
+_KEEP_S = 24 * 3600.0
+
+
+def find(given: str | os.PathLike[str] | None = None) -> Path:
+    """Give the state directory, made with mode 0700 if it is missing.
+
+    It is `given`, else $HARNESS_STATE_DIR, else $XDG_RUNTIME_DIR/harness, else /tmp/harness-UID. Raises HarnessError if
+    it is a link, not a directory, or another user's; a mode that lets others in is narrowed to 0700.
+    """
+    path = Path(given) if given is not None else _default()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise HarnessError(f"cannot make the state directory {path}: {error.strerror}") from None
+    if not stat.S_ISDIR(found.st_mode):
+        raise HarnessError(f"the state directory {path} is a link or a file: remove it, or set HARNESS_STATE_DIR")
+    if found.st_uid != os.geteuid():
+        raise HarnessError(f"the state directory {path} belongs to user {found.st_uid}: set HARNESS_STATE_DIR")
+    if stat.S_IMODE(found.st_mode) != 0o700:
+        path.chmod(0o700)
+    return path.absolute()
+
+
+def _default() -> Path:
+    if named := os.environ.get("HARNESS_STATE_DIR"):
+        return Path(named)
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(runtime) / "harness"
+    return Path(f"/tmp/harness-{os.geteuid()}")  # noqa: S108 - the owner and mode are checked
+
+
+def run_dir(state_dir: Path) -> Path:
+    """Give the directory of this process's run, which is not made yet: named by pid and start time, and so unique."""
+    found = procfs.stat(os.getpid())
+    return state_dir / "runs" / f"{os.getpid()}-{found.start_time if found else 0}"
+
+
+def prune(state_dir: Path) -> None:
+    """Remove the directories of runs whose process has ended more than a day ago."""
+    runs = state_dir / "runs"
+    if not runs.is_dir():
+        return
+    for run in list(runs.iterdir()):
+        pid, _, start_time = run.name.partition("-")
+        if not (pid.isdigit() and start_time.isdigit()) or procfs.is_alive(int(pid), int(start_time)):
+            continue
+        if time.time() - run.lstat().st_mtime > _KEEP_S:
+            shutil.rmtree(run, ignore_errors=True)

@@ -1,0 +1,229 @@
+"""A keeper: the process that is the parent, and the subreaper, of one server's tree.
+
+`run` is called in a child that the watchdog has just forked. It carries out what `KeeperRules` decides. waitpid answering
+ECHILD is the kernel's own statement that nothing of the server survives: no scan, no pid reuse, no attribution by marks.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from typing import TYPE_CHECKING, NoReturn
+
+from harness import messages, procfs
+from harness.messages import Launch, Unkilled
+from harness.watchdog import keeper_rules as rules
+from harness.watchdog import kernel, spawn, sweep
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+_MESSAGE_BYTES = 1 << 16
+
+
+def run(launch: Launch, control: socket.socket, watchdog: int, *, crash_grace_s: float) -> NoReturn:
+    """Keep one server until nothing of it is left. Every signal is blocked when this is called."""
+    try:
+        wakeup = _isolate(control)
+        _Keeper(launch, control, wakeup, watchdog, min(launch.grace_s, crash_grace_s)).run()
+    finally:
+        os._exit(1)
+
+
+def _isolate(control: socket.socket) -> int:
+    # Another keeper's pipe, the Pipe to the test process or a held port in this process would outlive their owners.
+    os.setsid()
+    kernel.become_subreaper()
+    kernel.set_name("harness-keeper")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, _wake)
+    signal.set_wakeup_fd(-1)
+    close_all_but({0, 1, 2, control.fileno()})
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    return read_end
+
+
+def close_all_but(kept: set[int]) -> None:
+    """Close every other file descriptor of this process."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in kept:
+            try:
+                os.close(int(name))
+            except OSError:
+                continue  # the one that listed the directory
+
+
+def _wake(_signal: int, _frame: object) -> None:
+    """Do nothing: the wake-up pipe tells the loop."""
+
+
+class _Keeper:
+    def __init__(
+        self, launch: Launch, control: socket.socket, wakeup: int, watchdog: int, crash_grace_s: float
+    ) -> None:
+        self._launch = launch
+        self._control = control
+        self._wakeup = wakeup
+        self._rules = rules.KeeperRules(crash_grace_s=crash_grace_s)
+        self._sweeper = sweep.Sweeper()
+        self._asked: set[int] = set()
+        self._root: spawn.Root | None = None
+        self._poll = select.poll()
+        self._sources: dict[int, Callable[[], None]] = {}
+        self._watch(wakeup, self._reap)
+        self._watch(control.fileno(), self._read_order)
+        self._watch(os.pidfd_open(watchdog), self._lose_watchdog)
+        if os.getppid() != watchdog:
+            os._exit(0)  # the watchdog died before its pidfd was opened; nothing has been started yet
+        self._do: dict[type[rules.Effect], Callable[[], None]] = {
+            rules.AskRoot: self._ask_root,
+            rules.AskTop: self._ask_top,
+            rules.Sweep: self._sweep,
+            rules.TellUnkilled: self._tell_unkilled,
+            rules.Leave: _leave,
+        }
+
+    def run(self) -> NoReturn:
+        self._start()
+        while True:
+            for descriptor, _ in self._poll.poll(self._timeout_ms()):
+                source = self._sources.get(descriptor)
+                if source is not None:
+                    source()
+            if self._rules.deadline is not None and self._rules.deadline <= time.monotonic():
+                self._handle(rules.Tick())
+
+    def _timeout_ms(self) -> float | None:
+        if self._rules.deadline is None:
+            return None
+        return max(0.0, self._rules.deadline - time.monotonic()) * 1000 + 0.2
+
+    def _watch(self, descriptor: int, source: Callable[[], None]) -> None:
+        self._poll.register(descriptor, select.POLLIN)
+        self._sources[descriptor] = source
+
+    def _forget(self, descriptor: int) -> None:
+        self._poll.unregister(descriptor)
+        del self._sources[descriptor]
+
+    def _handle(self, event: rules.Event) -> None:
+        for effect in self._rules.handle(event, time.monotonic()):
+            if isinstance(effect, rules.Tell):
+                self._tell(effect.report)
+            else:
+                self._do[type(effect)]()
+
+    # ---- sources of events
+
+    def _start(self) -> None:
+        try:
+            self._root = spawn.fork_root(self._launch)
+        except OSError as error:
+            self._handle(rules.RootDown(f"cannot fork: {error.strerror}"))
+            self._handle(rules.Reaped(None, is_empty=True))
+        else:
+            self._watch(self._root.failure_pipe, self._see_start)
+
+    def _see_start(self) -> None:
+        root = self._root
+        if root is None:
+            return
+        self._forget(root.failure_pipe)
+        failure = spawn.read_failure(root)
+        found = procfs.stat(root.pid)
+        if failure is not None:
+            self._handle(rules.RootDown(failure))
+        else:
+            self._handle(rules.RootUp(root.pid, found.start_time if found else 0))
+        self._reap()
+
+    def _read_order(self) -> None:
+        try:
+            data = self._control.recv(_MESSAGE_BYTES)
+        except OSError:
+            data = b""
+        if not data:
+            self._lose_watchdog()
+            return
+        order = messages.decode(data)
+        if isinstance(order, (messages.AskOrder, messages.KillOrder)):
+            self._handle(rules.Ordered(order))
+
+    def _lose_watchdog(self) -> None:
+        for descriptor, source in list(self._sources.items()):
+            if source in {self._lose_watchdog, self._read_order}:
+                self._forget(descriptor)
+        self._handle(rules.WatchdogGone())
+
+    def _reap(self) -> None:
+        _drain(self._wakeup)
+        root = self._root
+        if root is None or root.failure_pipe in self._sources:
+            return  # whether the program was executed is told first
+        returncode: int | None = None
+        is_empty = has_reaped = False
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                is_empty = True
+                break
+            if pid == 0:
+                break
+            has_reaped = True
+            self._asked.discard(pid)
+            self._sweeper.forget(pid)
+            if pid == root.pid:
+                returncode = os.waitstatus_to_exitcode(status)
+        if has_reaped or is_empty:
+            self._handle(rules.Reaped(returncode, is_empty))
+
+    # ---- effects
+
+    def _tell(self, report: messages.Report) -> None:
+        try:
+            self._control.send(messages.encode(report))
+        except OSError:
+            return  # the watchdog has died; its pidfd says so as well
+
+    def _ask_root(self) -> None:
+        if self._root is None:
+            return
+        self._asked.add(self._root.pid)
+        try:
+            if self._launch.ask == "group":
+                os.killpg(self._root.pid, signal.SIGTERM)
+            else:
+                os.kill(self._root.pid, signal.SIGTERM)
+        except PermissionError:
+            return  # a set-user-ID program of another user; the kill will report it
+
+    def _ask_top(self) -> None:
+        sweep.ask_tops(self._asked)
+
+    def _sweep(self) -> None:
+        done = self._sweeper.sweep()
+        self._handle(rules.Swept(done.is_new, len(done.alive)))
+
+    def _tell_unkilled(self) -> None:
+        self._tell(Unkilled(sweep.survivors()))
+
+
+def _leave() -> NoReturn:
+    os._exit(0)
+
+
+def _drain(descriptor: int) -> None:
+    try:
+        while os.read(descriptor, 4096):
+            pass
+    except BlockingIOError:
+        return

@@ -1,0 +1,201 @@
+"""The rules of a keeper: `handle(event, now)` gives the effects that must follow. No I/O, no clock, no sleep.
+
+While the watchdog lives it decides, and the keeper obeys. When it has died the keeper asks, waits and kills by itself.
+Whatever happens the keeper ends only when the kernel says that it has no child left.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Union
+
+from harness.messages import (
+    KillBegun,
+    KillOrder,
+    Order,
+    Report,
+    RootExit,
+    RootFailed,
+    RootStarted,
+    TreeEmpty,
+)
+
+KILL_LIMIT_S = 5.0
+# The pause between two sweeps that change nothing: at first short, since a killed process is mostly gone in 1 ms.
+FIRST_PAUSE_S = 0.001
+LONGEST_PAUSE_S = 0.25
+
+
+# ---- events
+
+
+class Ordered(NamedTuple):
+    """The watchdog gave an order."""
+
+    order: Order
+
+
+class RootUp(NamedTuple):
+    """The root has executed its program."""
+
+    pid: int
+    start_time: int
+
+
+class RootDown(NamedTuple):
+    """The root could not execute its program."""
+
+    message: str
+
+
+class Reaped(NamedTuple):
+    """Children were reaped. `returncode` is the root's if it was among them; `is_empty`: the kernel says ECHILD."""
+
+    returncode: int | None
+    is_empty: bool
+
+
+class WatchdogGone(NamedTuple):
+    """The watchdog has died."""
+
+
+class Swept(NamedTuple):
+    """One sweep is done; `is_new` says that it met a process that had not been sent SIGKILL before."""
+
+    is_new: bool
+    alive: int
+
+
+class Tick(NamedTuple):
+    """The deadline has passed."""
+
+
+Event = Union[Ordered, RootUp, RootDown, Reaped, WatchdogGone, Swept, Tick]
+
+
+# ---- effects
+
+
+class AskRoot(NamedTuple):
+    """Send SIGTERM to the root, or to its process group where the launch said so."""
+
+
+class AskTop(NamedTuple):
+    """Send SIGTERM to each process at the top of what the root left, once."""
+
+
+class Sweep(NamedTuple):
+    """Send SIGKILL to every process of the tree that is there now."""
+
+
+class Tell(NamedTuple):
+    """Send a report to the watchdog."""
+
+    report: Report
+
+
+class TellUnkilled(NamedTuple):
+    """Report every process of the tree that is still alive."""
+
+
+class Leave(NamedTuple):
+    """End the keeper."""
+
+
+Effect = Union[AskRoot, AskTop, Sweep, Tell, TellUnkilled, Leave]
+
+
+class KeeperRules:
+    """The state of one keeper, and its rules."""
+
+    def __init__(self, *, crash_grace_s: float) -> None:
+        """Take the grace, in seconds, that is given when the watchdog has died."""
+        self._crash_grace_s = crash_grace_s
+        self._root_is_up = False
+        self._root_is_gone = False
+        self._is_asking = False
+        self._root_is_asked = False
+        self._is_killing = False
+        self._kill_limit: float | None = None
+        self._pause_s = FIRST_PAUSE_S
+        self._failure: str | None = None
+        self.deadline: float | None = None
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take an event at the monotonic time `now`, and give the effects that must follow, in order."""
+        if isinstance(event, Ordered):
+            return self._on_order(event.order, now)
+        if isinstance(event, RootUp):
+            return self._on_root_up(event)
+        if isinstance(event, RootDown):
+            self._failure = event.message
+            return []
+        if isinstance(event, Reaped):
+            return self._on_reaped(event)
+        if isinstance(event, WatchdogGone):
+            return self._on_watchdog_gone(now)
+        if isinstance(event, Swept):
+            return self._on_swept(event, now)
+        return self._on_tick(now)
+
+    def _on_order(self, order: Order, now: float) -> list[Effect]:
+        if isinstance(order, KillOrder):
+            return [Tell(KillBegun()), *self._kill(now)]
+        self._root_is_asked = self._root_is_asked or order.root_asked
+        return self._ask()
+
+    def _on_root_up(self, event: RootUp) -> list[Effect]:
+        self._root_is_up = True
+        told: list[Effect] = [Tell(RootStarted(event.pid, event.start_time))]
+        return told + (self._ask() if self._is_asking else [])
+
+    def _ask(self) -> list[Effect]:
+        self._is_asking = True
+        if self._is_killing:
+            return []
+        if self._root_is_gone:
+            return [AskTop()]
+        if not self._root_is_up or self._root_is_asked:
+            return []
+        self._root_is_asked = True
+        return [AskRoot()]
+
+    def _on_reaped(self, event: Reaped) -> list[Effect]:
+        effects: list[Effect] = []
+        if event.returncode is not None:
+            self._root_is_gone = True
+            if self._failure is None:
+                effects.append(Tell(RootExit(event.returncode)))
+        if event.is_empty:
+            return [*effects, Tell(TreeEmpty() if self._failure is None else RootFailed(self._failure)), Leave()]
+        if self._is_killing:
+            self._pause_s = FIRST_PAUSE_S
+            return [*effects, Sweep()]
+        if self._is_asking and self._root_is_gone:
+            effects.append(AskTop())
+        return effects
+
+    def _on_watchdog_gone(self, now: float) -> list[Effect]:
+        if self._is_killing:
+            return []
+        self.deadline = now + self._crash_grace_s
+        return self._ask()
+
+    def _on_tick(self, now: float) -> list[Effect]:
+        self.deadline = None
+        return [Sweep()] if self._is_killing else self._kill(now)
+
+    def _kill(self, now: float) -> list[Effect]:
+        self._is_killing = True
+        if self._kill_limit is None:
+            self._kill_limit = now + KILL_LIMIT_S
+        return [Sweep()]
+
+    def _on_swept(self, event: Swept, now: float) -> list[Effect]:
+        if event.is_new:
+            self._pause_s = FIRST_PAUSE_S
+        self.deadline = now + self._pause_s
+        self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+        if self._kill_limit is not None and now >= self._kill_limit and event.alive:
+            self._kill_limit = None
+            return [TellUnkilled()]
+        return []

@@ -1,0 +1,126 @@
+"""The watchdog's end of a keeper: fork it, read its reports, give it orders, signal its root."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from typing import TYPE_CHECKING, NoReturn
+
+from harness import messages, procfs, templates
+from harness.watchdog import keeper, spawn
+from harness.watchdog.ports import PortHolds
+
+if TYPE_CHECKING:
+    from harness.messages import Launch
+
+_MESSAGE_BYTES = 1 << 16
+_UNSENDABLE = (ProcessLookupError, PermissionError)
+
+
+class Kept:
+    """One server that has a keeper."""
+
+    def __init__(self, key: int, launch: Launch, *, crash_grace_s: float) -> None:
+        """Hold the ports and fork the keeper; raises OSError, with nothing held, if that fails."""
+        self.key = key
+        self.name = launch.name
+        self._holds = PortHolds(["", *launch.ports])
+        self.ports = self._holds.ports
+        self._root_pidfd: int | None = None
+        self.root = 0
+        self.is_empty = False
+        self.is_hung_up = False
+        self._asks_root = launch.ask == "root"
+        try:
+            self.control, self.pid = _fork(_filled(launch, self.ports), crash_grace_s)
+        except OSError:
+            self._holds.close()
+            raise
+
+    def read(self) -> messages.Message | None:
+        """Read one report; None if there is none now, or (`is_hung_up`) will be none any more."""
+        try:
+            data = self.control.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError:
+            data = b""
+        self.is_hung_up = not data
+        return messages.decode(data) if data else None
+
+    def order(self, order: messages.Order) -> None:
+        """Give the keeper an order. One that is dead or too full to hear is dealt with by the supervisor's deadline."""
+        try:
+            self.control.send(messages.encode(order), socket.MSG_DONTWAIT)
+        except OSError:
+            return
+
+    def root_started(self, pid: int, start_time: int) -> None:
+        """Open a pidfd on the root, and make sure that it is the root's: it may have been reaped in the meantime."""
+        self.root = pid
+        try:
+            descriptor = os.pidfd_open(pid)
+        except OSError:
+            return
+        found = procfs.stat(pid)
+        if found is not None and found.start_time == start_time:
+            self._root_pidfd = descriptor
+        else:
+            os.close(descriptor)
+
+    def ask_root(self) -> bool:
+        """Send SIGTERM to the root at once, if that is how this server is asked; False leaves it to the keeper."""
+        return self._asks_root and self.signal_root(signal.SIGTERM)
+
+    def signal_root(self, number: int) -> bool:
+        """Send a signal to the root; False if this process cannot, and the keeper has to."""
+        if self._root_pidfd is None:
+            return False
+        try:
+            signal.pidfd_send_signal(self._root_pidfd, number)
+        except _UNSENDABLE:
+            return True  # it has exited, or belongs to another user: the keeper could not do more
+        return True
+
+    def end_keeper(self) -> None:
+        """Kill the keeper, which the watchdog has not reaped, so its number is its own."""
+        os.kill(self.pid, signal.SIGKILL)
+
+    def release(self) -> None:
+        """Give back the ports and every descriptor but the control socket, which ends with the keeper."""
+        self._holds.close()
+        if self._root_pidfd is not None:
+            os.close(self._root_pidfd)
+            self._root_pidfd = None
+
+
+def _filled(launch: Launch, ports: dict[str, int]) -> Launch:
+    values = templates.Values(ports, launch.name, launch.log_dir)
+    environment = dict(launch.environment)
+    for name in launch.templated:
+        environment[name] = templates.fill(environment[name], values)
+    command = [templates.fill(argument, values) for argument in launch.command]
+    return launch._replace(command=command, environment=environment)
+
+
+def _fork(launch: Launch, crash_grace_s: float) -> tuple[socket.socket, int]:
+    watchdog = os.getpid()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # Until the child has its own handlers, a signal to it would be written into the watchdog's wake-up pipe.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, spawn.EVERY_SIGNAL)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _enter_keeper(launch, theirs, watchdog, crash_grace_s)
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+    return ours, pid
+
+
+def _enter_keeper(launch: Launch, control: socket.socket, watchdog: int, crash_grace_s: float) -> NoReturn:
+    keeper.run(launch, control, watchdog, crash_grace_s=crash_grace_s)

@@ -1,0 +1,275 @@
+"""The watchdog's loop: turns readiness of file descriptors into events, and carries out the supervisor's effects.
+
+One thread, one epoll. Nothing here decides anything about a server.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from typing import TYPE_CHECKING, NoReturn
+
+from harness import messages
+from harness.frames import FrameError
+from harness.watchdog import events
+from harness.watchdog.adopting import Adopting
+from harness.watchdog.kept import Kept
+from harness.watchdog.orphans import Orphans
+from harness.watchdog.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from harness.watchdog.log import Log
+    from harness.watchdog.pipe import PipeEnd
+
+_REQUESTS = (
+    messages.Launch,
+    messages.Adopt,
+    messages.Stop,
+    messages.SendSignal,
+    messages.Wait,
+    messages.Status,
+    messages.Close,
+)
+
+
+class Loop:
+    """Everything that the watchdog process does after it has been set up."""
+
+    def __init__(self, pipe: PipeEnd, client: int, wakeup: int, log: Log, *, crash_grace_s: float) -> None:
+        """Take the Pipe, a pidfd on the test process, and the descriptor that signals wake."""
+        self._pipe = pipe
+        self._client = client
+        self._wakeup = wakeup
+        self._log = log
+        self._crash_grace_s = crash_grace_s
+        self._supervisor = Supervisor(crash_grace_s=crash_grace_s)
+        self._kept: dict[int, Kept] = {}
+        self._keepers: dict[int, Kept] = {}
+        self._orphans = Orphans(lambda: frozenset(self._keepers))
+        self._adopting = Adopting(self._watch, self._forget, self._tell)
+        self._epoll = select.epoll()
+        self._sources: dict[int, Callable[[], None]] = {}
+        self._is_told_to_end = False
+        self._effects: dict[type[events.Effect], Callable[..., None]] = {
+            events.Spawn: self._spawn,
+            events.Take: self._take,
+            events.Ask: self._ask,
+            events.Kill: self._kill,
+            events.Signal: self._signal,
+            events.KillKeeper: self._kill_keeper,
+            events.SweepOrphans: lambda effect: self._orphans.begin(kill=effect.kill),
+            events.Release: self._release,
+            events.Answer: self._answer,
+            events.Log: lambda effect: self._log.write(effect.text),
+            events.Leave: lambda _effect: self._leave(),
+        }
+
+    def run(self) -> NoReturn:
+        """Run until the supervisor says to leave. SIGTERM to this process stops all servers and ends it."""
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._watch(self._pipe.descriptor, self._read_pipe)
+        self._watch(self._client, self._see_client_end)
+        self._watch(self._wakeup, self._see_signals)
+        while True:
+            for descriptor, _ in self._epoll.poll(self._timeout_s()):
+                source = self._sources.get(descriptor)
+                if source is not None:
+                    self._guard(source)
+            self._guard(self._see_time)
+
+    def _guard(self, step: Callable[[], None]) -> None:
+        # A mistake in one step must not end the owner of every server.
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - see above
+            self._log.error(error)
+
+    def _timeout_s(self) -> float:
+        deadlines = (self._supervisor.next_deadline(), self._orphans.deadline, self._adopting.deadline)
+        times = [deadline for deadline in deadlines if deadline is not None]
+        return max(0.0, min(times) - time.monotonic()) if times else -1
+
+    def _watch(self, descriptor: int, source: Callable[[], None]) -> None:
+        self._epoll.register(descriptor, select.EPOLLIN)
+        self._sources[descriptor] = source
+
+    def _forget(self, descriptor: int) -> None:
+        if self._sources.pop(descriptor, None) is not None:
+            self._epoll.unregister(descriptor)
+
+    def _tell(self, event: events.Event) -> None:
+        for effect in self._supervisor.handle(event, time.monotonic()):
+            self._effects[type(effect)](effect)
+
+    # ---- sources of events
+
+    def _on_sigterm(self, _signal: int, _frame: object) -> None:
+        self._is_told_to_end = True
+
+    def _read_pipe(self) -> None:
+        self._flush()
+        try:
+            received = self._pipe.receive()
+        except EOFError:
+            self._end_of_client("the test process has closed the Pipe")
+        except FrameError as error:
+            self._end_of_client(f"the test process has sent {error}")
+        else:
+            for message_id, data in received:
+                self._request(message_id, data)
+
+    def _request(self, message_id: int, data: bytes) -> None:
+        try:
+            request = messages.decode(data)
+        except messages.MessageError as error:
+            self._answer(events.Answer(message_id, messages.Failed("HarnessError", str(error))))
+            return
+        if isinstance(request, _REQUESTS):
+            self._tell(events.Requested(message_id, request))
+        else:
+            self._answer(events.Answer(message_id, messages.Failed("HarnessError", "that is not a request")))
+
+    def _see_client_end(self) -> None:
+        self._forget(self._client)
+        self._end_of_client("the test process has ended")
+
+    def _end_of_client(self, reason: str) -> None:
+        self._forget(self._pipe.descriptor)
+        self._tell(events.ClientGone(reason))
+
+    def _see_signals(self) -> None:
+        try:
+            os.read(self._wakeup, 4096)
+        except BlockingIOError:
+            return
+        if self._is_told_to_end:
+            self._is_told_to_end = False
+            self._tell(events.ClientGone("the watchdog was told to end (SIGTERM)"))
+        self._reap()
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            keeper = self._keepers.pop(pid, None)
+            if keeper is not None:
+                self._keeper_ended(keeper)
+            else:
+                self._orphan_ended(pid, os.waitstatus_to_exitcode(status))
+
+    def _keeper_ended(self, kept: Kept) -> None:
+        self._read_keeper(kept)
+        self._forget(kept.control.fileno())
+        kept.control.close()
+        if not kept.is_empty:
+            self._tell(events.KeeperLost(kept.key))
+
+    def _orphan_ended(self, pid: int, returncode: int) -> None:
+        for kept in self._kept.values():
+            if kept.root == pid:
+                self._tell(events.RootExited(kept.key, returncode))
+        self._orphans.reaped(pid)
+
+    def _read_keeper(self, kept: Kept) -> None:
+        while (report := kept.read()) is not None:
+            self._on_report(kept, report)
+        if kept.is_hung_up:
+            self._forget(kept.control.fileno())
+
+    def _on_report(self, kept: Kept, report: messages.Message) -> None:
+        if isinstance(report, messages.RootStarted):
+            kept.root_started(report.pid, report.start_time)
+            self._tell(events.Started(kept.key, report.pid, report.start_time, kept.pid, kept.ports))
+        elif isinstance(report, messages.RootFailed):
+            kept.is_empty = True
+            self._tell(events.LaunchFailed(kept.key, f"{kept.name!r}: {report.message}"))
+        elif isinstance(report, messages.KillBegun):
+            self._tell(events.KillSeen(kept.key))
+        elif isinstance(report, messages.RootExit):
+            self._tell(events.RootExited(kept.key, report.returncode))
+        elif isinstance(report, messages.Unkilled):
+            self._tell(events.TreeStuck(kept.key, report.survivors))
+        else:
+            kept.is_empty = True
+            self._tell(events.TreeGone(kept.key))
+
+    def _see_time(self) -> None:
+        now = time.monotonic()
+        deadline = self._supervisor.next_deadline()
+        if deadline is not None and deadline <= now:
+            self._tell(events.Tick())
+        if self._orphans.deadline is not None and self._orphans.deadline <= now:
+            event = self._orphans.step()
+            if event is not None:
+                self._tell(event)
+        self._adopting.see_time(now)
+
+    # ---- effects
+
+    def _spawn(self, effect: events.Spawn) -> None:
+        try:
+            kept = Kept(effect.key, effect.launch, crash_grace_s=self._crash_grace_s)
+        except OSError as error:
+            self._tell(events.LaunchFailed(effect.key, f"{effect.launch.name!r}: cannot launch: {error.strerror}"))
+            return
+        self._kept[kept.key] = self._keepers[kept.pid] = kept
+        self._watch(kept.control.fileno(), lambda: self._read_keeper(kept))
+
+    def _take(self, effect: events.Take) -> None:
+        self._adopting.take(effect.key, effect.adopt)
+
+    def _ask(self, effect: events.Ask) -> None:
+        kept = [self._kept[key] for key in effect.keys if key in self._kept]
+        asked = [server.ask_root() for server in kept]
+        for key in effect.keys:
+            self._adopting.ask(key)
+        for server, root_asked in zip(kept, asked, strict=True):
+            server.order(messages.AskOrder(root_asked))
+
+    def _kill(self, effect: events.Kill) -> None:
+        for key in effect.keys:
+            if key in self._kept:
+                self._kept[key].order(messages.KillOrder())
+            else:
+                self._adopting.kill(key)
+
+    def _signal(self, effect: events.Signal) -> None:
+        if effect.key in self._kept:
+            self._kept[effect.key].signal_root(effect.signal)
+        else:
+            self._adopting.signal(effect.key, effect.signal)
+
+    def _kill_keeper(self, effect: events.KillKeeper) -> None:
+        kept = self._kept.get(effect.key)
+        if kept is not None and kept.pid in self._keepers:
+            kept.end_keeper()
+
+    def _release(self, effect: events.Release) -> None:
+        kept = self._kept.pop(effect.key, None)
+        if kept is not None:
+            kept.release()
+
+    def _answer(self, effect: events.Answer) -> None:
+        self._pipe.send(effect.request_id, messages.encode(effect.reply))
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._pipe.descriptor in self._sources:
+            self._pipe.flush()
+            waits_for = select.EPOLLIN | (select.EPOLLOUT if self._pipe.has_unsent else 0)
+            self._epoll.modify(self._pipe.descriptor, waits_for)
+
+    def _leave(self) -> NoReturn:
+        # The last reply fits the buffer of a client that waits for it; one that does not read loses nothing else.
+        os.set_blocking(self._pipe.descriptor, False)
+        self._pipe.flush()
+        self._log.write("all servers have been stopped: leaving")
+        os._exit(0)

@@ -1,0 +1,84 @@
+"""Starts a server's root: the code between fork and execve.
+
+Runs in a keeper and in its child. The child reports a failure through a pipe that execve closes, so that end of file
+means success, whatever the program does next.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from harness.watchdog import kernel
+
+if TYPE_CHECKING:
+    from harness.messages import Launch
+
+EVERY_SIGNAL = signal.valid_signals()
+# Dispositions that are "ignore" survive execve: the watchdog's and Python's own must not reach the server.
+_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ)
+
+
+class Root(NamedTuple):
+    """A root that was forked: its pid, and the pipe that says whether its program was executed."""
+
+    pid: int
+    failure_pipe: int
+
+
+def fork_root(launch: Launch) -> Root:
+    """Fork the root; raises OSError if that fails."""
+    keeper = os.getpid()
+    read_end, write_end = os.pipe()
+    everything = signal.pthread_sigmask(signal.SIG_BLOCK, EVERY_SIGNAL)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _execute(launch, keeper, write_end)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, everything)
+        os.close(write_end)
+    return Root(pid, read_end)
+
+
+def read_failure(root: Root) -> str | None:
+    """Read what the child reported once the pipe is readable: None means that the program runs."""
+    try:
+        return os.read(root.failure_pipe, select.PIPE_BUF).decode(errors="replace") or None
+    finally:
+        os.close(root.failure_pipe)
+
+
+def _execute(launch: Launch, keeper: int, failure_pipe: int) -> NoReturn:
+    doing = "prepare to execute"
+    try:
+        os.setsid()
+        kernel.die_with_parent(signal.SIGKILL)
+        if os.getppid() != keeper:
+            os._exit(127)
+        doing = f"open the log file {launch.log_path!r}"
+        _redirect(launch.log_path)
+        doing = f"change to the directory {launch.cwd!r}"
+        os.chdir(launch.cwd)
+        doing = f"execute {launch.command[0]!r}"
+        _restore_signals()
+        os.execvpe(launch.command[0], launch.command, launch.environment)  # noqa: S606 - that is what a launch is
+    except BaseException as error:  # noqa: BLE001 - whatever it is, this child must end here and say why
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        os.write(failure_pipe, f"cannot {doing}: {reason}".encode(errors="replace")[: select.PIPE_BUF])
+    os._exit(127)
+
+
+def _redirect(log_path: str) -> None:
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+
+
+def _restore_signals() -> None:
+    for number in _IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -1,0 +1,336 @@
+"""The rules of the watchdog: `handle(event, now)` gives the effects that must follow. No I/O, no clock, no sleep.
+
+It never blocks and never raises for an event that can be sent to it: the watchdog must outlive mistakes. Every reply to
+a request is decided here, exactly once for each.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from harness.messages import (
+    Adopt,
+    Close,
+    Done,
+    Failed,
+    Launch,
+    Launched,
+    Outcome,
+    Reply,
+    Request,
+    SendSignal,
+    ServerStatus,
+    Status,
+    Stop,
+    Stopped,
+    Survivor,
+    Wait,
+)
+from harness.watchdog import events
+from harness.watchdog.phases import Phase, Sign, after
+
+if TYPE_CHECKING:
+    from harness.watchdog.events import Effect, Event
+
+# A keeper that has not said within this time that it is killing is hung or stopped; it answers in under 1 ms.
+KEEPER_ANSWER_S = 1.0
+# How long SIGKILL may take before a process is reported as unkillable; a keeper counts the same time on its own.
+KILL_LIMIT_S = 5.0
+
+
+class _Server:
+    """What the supervisor knows of one server."""
+
+    def __init__(self, key: int, name: str, grace_s: float, launch_id: int) -> None:
+        self.key = key
+        self.name = name
+        self.grace_s = grace_s
+        self.launch_id: int | None = launch_id
+        self.phase = Phase.LAUNCHING
+        self.pid = 0
+        self.root_exited = False
+        self.returncode: int | None = None
+        self.stop_began: float | None = None
+        self.stop_ended: float | None = None
+        self.was_asked = False
+        self.was_killed = False
+        self.deadline: float | None = None
+        self.survivors: list[Survivor] = []
+
+    def outcome(self) -> Outcome:
+        seconds = 0.0
+        if self.stop_began is not None and self.stop_ended is not None:
+            seconds = self.stop_ended - self.stop_began
+        return Outcome(self.key, self.name, self.pid, self._how(), self.returncode, seconds, self.survivors)
+
+    def _how(self) -> str:
+        if self.phase is Phase.UNKILLABLE:
+            return "unkillable"
+        if self.was_killed:
+            return "killed"
+        return "asked" if self.was_asked else "exited"
+
+    def status(self) -> ServerStatus:
+        return ServerStatus(self.key, self.phase.value, self.root_exited, self.returncode)
+
+
+class _Stopping:
+    """A Stop or Close that has not been answered yet."""
+
+    def __init__(self, request_id: int, servers: list[_Server], began: float, *, leave: bool) -> None:
+        self.request_id = request_id
+        self.servers = servers
+        self.began = began
+        self.leave = leave
+
+
+class _Waiting:
+    """A Wait that has not been answered yet."""
+
+    def __init__(self, request_id: int, server: _Server, until: str, deadline: float) -> None:
+        self.request_id = request_id
+        self.server = server
+        self.until = until
+        self.deadline = deadline
+
+    @property
+    def is_reached(self) -> bool:
+        return self.server.phase.is_over or (self.until == "exit" and self.server.root_exited)
+
+
+class Supervisor:
+    """The state of every server of one watchdog, and the rules."""
+
+    def __init__(self, *, crash_grace_s: float) -> None:
+        """Take the longest grace that a server gets once the test process is gone, in seconds."""
+        self._crash_grace_s = crash_grace_s
+        self._servers: dict[int, _Server] = {}
+        self._stoppings: list[_Stopping] = []
+        self._waitings: list[_Waiting] = []
+        self._client_is_gone = False
+        self._is_closing = False
+        self._effects: list[Effect] = []
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take an event at the monotonic time `now`, and give the effects that must follow, in order."""
+        self._effects = []
+        if isinstance(event, events.Requested):
+            self._on_request(event.request_id, event.request, now)
+        elif isinstance(event, events.ClientGone):
+            self._on_client_gone(event.reason, now)
+        elif isinstance(event, (events.OrphansGone, events.OrphansStuck)):
+            self._on_orphans(event, now)
+        elif isinstance(event, events.Tick):
+            self._on_tick(now)
+        else:
+            self._on_server_event(event, now)
+        self._settle(now)
+        return self._effects
+
+    def next_deadline(self) -> float | None:
+        """Give the time of the next Tick that is needed, or None."""
+        times = [server.deadline for server in self._servers.values() if server.deadline is not None]
+        times += [waiting.deadline for waiting in self._waitings]
+        return min(times, default=None)
+
+    # ---- requests
+
+    def _on_request(self, request_id: int, request: Request, now: float) -> None:
+        if isinstance(request, (Launch, Adopt)):
+            self._on_launch(request_id, request)
+        elif isinstance(request, Close):
+            self._is_closing = True
+            self._stop(request_id, list(self._servers), None, now, leave=True, kill=False)
+        else:
+            self._on_server_request(request_id, request, now)
+
+    def _on_launch(self, request_id: int, request: Launch | Adopt) -> None:
+        if self._is_closing or self._client_is_gone:
+            self._answer(request_id, Failed("HarnessError", "the watchdog is stopping: it starts nothing more"))
+            return
+        key = len(self._servers) + 1
+        self._servers[key] = _Server(key, request.name, request.grace_s, request_id)
+        if isinstance(request, Launch):
+            self._effects.append(events.Spawn(key, request))
+        else:
+            self._effects.append(events.Take(key, request))
+
+    def _on_server_request(self, request_id: int, request: Stop | SendSignal | Wait | Status, now: float) -> None:
+        keys = request.keys if isinstance(request, Stop) else [request.key]
+        unknown = [key for key in keys if key not in self._servers]
+        if unknown:
+            self._answer(request_id, Failed("SpecError", f"this watchdog has no server number {unknown[0]}"))
+        elif isinstance(request, Stop):
+            self._stop(request_id, keys, request.grace_s, now, leave=False, kill=request.kill)
+        elif isinstance(request, SendSignal):
+            self._send_signal(request_id, self._servers[request.key], request.signal)
+        elif isinstance(request, Wait):
+            server = self._servers[request.key]
+            self._waitings.append(_Waiting(request_id, server, request.until, now + request.timeout_s))
+        else:
+            self._answer(request_id, self._servers[request.key].status())
+
+    def _send_signal(self, request_id: int, server: _Server, signal: int) -> None:
+        if not server.root_exited and server.phase is not Phase.LAUNCHING:
+            self._effects.append(events.Signal(server.key, signal))
+        self._answer(request_id, Done())
+
+    # ---- stopping
+
+    def _stop(
+        self, request_id: int, keys: list[int], grace_s: float | None, now: float, *, leave: bool, kill: bool
+    ) -> None:
+        servers = [self._servers[key] for key in dict.fromkeys(keys)]
+        self._stoppings.append(_Stopping(request_id, servers, now, leave=leave))
+        if kill:
+            self._kill(servers, now)
+        else:
+            self._ask(servers, grace_s, now)
+
+    def _ask(self, servers: list[_Server], grace_s: float | None, now: float) -> None:
+        asked: list[int] = []
+        for server in servers:
+            if self._move(server, Sign.ASK) and server.phase is Phase.ASKED:
+                server.was_asked = True
+                server.stop_began = now
+                asked.append(server.key)
+            if server.phase is Phase.ASKED:
+                self._shorten(server, now + (server.grace_s if grace_s is None else grace_s))
+        if asked:
+            self._effects.append(events.Ask(asked))
+
+    def _shorten(self, server: _Server, deadline: float) -> None:
+        if self._client_is_gone:
+            deadline = min(deadline, (server.stop_began or 0.0) + self._crash_grace_s)
+        server.deadline = deadline if server.deadline is None else min(server.deadline, deadline)
+
+    def _kill(self, servers: list[_Server], now: float) -> None:
+        killed = [server for server in servers if self._move(server, Sign.KILL)]
+        for server in killed:
+            server.was_killed = True
+            server.stop_began = now if server.stop_began is None else server.stop_began
+            server.deadline = now + KEEPER_ANSWER_S
+        if killed:
+            self._effects.append(events.Kill([server.key for server in killed]))
+
+    def _on_client_gone(self, reason: str, now: float) -> None:
+        if self._client_is_gone:
+            return
+        self._client_is_gone = True
+        self._waitings = []
+        self._log(f"{reason}: stopping {sum(not s.phase.is_over for s in self._servers.values())} servers")
+        for server in self._servers.values():
+            if server.phase in {Phase.ASKED, Phase.LOST} and server.deadline is not None:
+                server.deadline = min(server.deadline, now + self._crash_grace_s)
+        self._ask(list(self._servers.values()), None, now)
+
+    # ---- what happens to servers
+
+    def _on_server_event(self, event: Event, now: float) -> None:
+        server = self._servers[event.key]  # type: ignore[union-attr]  # handle() has dealt with the events without key
+        if isinstance(event, events.Started):
+            self._on_started(server, event)
+        elif isinstance(event, events.LaunchFailed):
+            self._on_launch_failed(server, event.message, now)
+        elif isinstance(event, events.RootExited):
+            server.root_exited = True
+            server.returncode = event.returncode
+            self._move(server, Sign.EXITED)
+        elif isinstance(event, events.TreeGone):
+            self._end(server, Sign.EMPTY, now)
+        elif isinstance(event, events.KillSeen):
+            self._on_kill_seen(server, now)
+        elif isinstance(event, events.TreeStuck):
+            server.survivors = event.survivors
+            self._end(server, Sign.STUCK, now)
+        else:
+            self._on_keeper_lost(server, now)
+
+    def _on_started(self, server: _Server, event: events.Started) -> None:
+        server.pid = event.pid
+        self._move(server, Sign.STARTED)
+        if server.launch_id is not None:
+            self._answer(server.launch_id, Launched(server.key, event.pid, event.start_time, event.keeper, event.ports))
+            server.launch_id = None
+
+    def _on_launch_failed(self, server: _Server, message: str, now: float) -> None:
+        self._fail_launch(server, message)
+        self._end(server, Sign.FAILED, now)
+
+    def _fail_launch(self, server: _Server, message: str) -> None:
+        if server.launch_id is not None:
+            self._answer(server.launch_id, Failed("LaunchFailed", message))
+            server.launch_id = None
+
+    def _on_kill_seen(self, server: _Server, now: float) -> None:
+        if server.phase is Phase.KILLED:
+            server.deadline = now + KILL_LIMIT_S + KEEPER_ANSWER_S
+
+    def _on_keeper_lost(self, server: _Server, now: float) -> None:
+        if not self._move(server, Sign.KEEPER_LOST):
+            return
+        self._log(f"the keeper of {server.name!r} died: the watchdog sweeps what it left")
+        self._fail_launch(server, f"the keeper of {server.name!r} died while it was launching")
+        server.stop_began = now if server.stop_began is None else server.stop_began
+        kill_at_once = server.was_killed
+        server.was_killed = True
+        server.deadline = now if kill_at_once else now + min(server.grace_s, self._crash_grace_s)
+        self._effects.append(events.SweepOrphans(kill=kill_at_once))
+
+    def _on_orphans(self, event: events.OrphansGone | events.OrphansStuck, now: float) -> None:
+        lost = [server for server in self._servers.values() if server.phase is Phase.LOST]
+        for server in lost:
+            if isinstance(event, events.OrphansStuck):
+                server.survivors = event.survivors
+                self._end(server, Sign.STUCK, now)
+            else:
+                self._end(server, Sign.EMPTY, now)
+
+    def _end(self, server: _Server, sign: Sign, now: float) -> None:
+        if not self._move(server, sign):
+            return
+        server.deadline = None
+        server.stop_ended = now if server.stop_ended is None else server.stop_ended
+        if server.phase is Phase.GONE:
+            server.survivors = []
+            self._effects.append(events.Release(server.key))
+            self._fail_launch(server, f"{server.name!r} ended before its program was executed")
+
+    def _on_tick(self, now: float) -> None:
+        due = [s for s in self._servers.values() if s.deadline is not None and s.deadline <= now]
+        self._kill([server for server in due if server.phase is Phase.ASKED], now)
+        for server in due:
+            if server.phase is Phase.LOST:
+                server.deadline = None
+                self._effects.append(events.SweepOrphans(kill=True))
+            elif server.deadline is not None and server.deadline <= now:
+                server.deadline = None
+                self._log(f"the keeper of {server.name!r} does not answer: ending it")
+                self._effects.append(events.KillKeeper(server.key))
+
+    # ---- after every event
+
+    def _settle(self, now: float) -> None:
+        for waiting in [w for w in self._waitings if w.is_reached or w.deadline <= now]:
+            self._waitings.remove(waiting)
+            self._answer(waiting.request_id, waiting.server.status())
+        for stopping in [s for s in self._stoppings if all(server.phase.is_over for server in s.servers)]:
+            self._stoppings.remove(stopping)
+            outcomes = [server.outcome() for server in stopping.servers]
+            self._answer(stopping.request_id, Stopped(outcomes, now - stopping.began))
+            if stopping.leave:
+                self._effects.append(events.Leave())
+        if self._client_is_gone and all(server.phase.is_over for server in self._servers.values()):
+            self._effects.append(events.Leave())
+
+    def _move(self, server: _Server, sign: Sign) -> bool:
+        phase = after(server.phase, sign)
+        has_moved = phase is not server.phase
+        server.phase = phase
+        return has_moved
+
+    def _answer(self, request_id: int, reply: Reply) -> None:
+        self._effects.append(events.Answer(request_id, reply))
+
+    def _log(self, text: str) -> None:
+        self._effects.append(events.Log(text))

@@ -1,0 +1,108 @@
+"""Finds and kills every process below this one, without ever hitting a process that is not its own.
+
+Runs in a keeper, and in the watchdog for what a lost keeper left. A direct child cannot be recycled before this process
+reaps it, and neither can its process group's number, so both are killed by number. A process further down is killed
+through a pidfd, and only if after opening it the number still belongs to a child of the parent it was found under.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, NamedTuple
+
+from harness import procfs
+from harness.messages import Survivor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Round(NamedTuple):
+    """What one sweep met."""
+
+    is_new: bool
+    alive: list[int]
+
+
+class Sweeper:
+    """Sends SIGKILL, round after round, to whatever is below this process, apart from some spared children."""
+
+    def __init__(self) -> None:
+        """Begin with nothing struck."""
+        self._struck: set[int] = set()
+
+    def sweep(self, spared: frozenset[int] = frozenset()) -> Round:
+        """Do one round; the caller reaps and sweeps again until nothing is left (new ones are forked meanwhile)."""
+        me = os.getpid()
+        tops = [pid for pid in procfs.children(me) if pid not in spared]
+        groups = {_group_of(pid) for pid in tops} - {None, os.getpgid(0)}
+        for group in groups:
+            _send(os.killpg, group or 0)
+        alive = [pid for pid in tops if _strike_child(pid)]
+        queue = list(tops)
+        while queue:
+            parent = queue.pop()
+            below = procfs.children(parent)
+            alive += [pid for pid in below if _strike(pid, parent)]
+            queue += below
+        is_new = not self._struck.issuperset(alive)
+        self._struck.update(alive)
+        return Round(is_new, alive)
+
+    def forget(self, pid: int) -> None:
+        """Forget a process that has been reaped: its number may come back."""
+        self._struck.discard(pid)
+
+
+def ask_tops(asked: set[int], spared: frozenset[int] = frozenset()) -> None:
+    """Send SIGTERM to each direct child that has not been asked yet, and add it to `asked`."""
+    for pid in procfs.children(os.getpid()):
+        if pid not in asked and pid not in spared:
+            asked.add(pid)
+            _send(os.kill, pid, signal.SIGTERM)
+
+
+def survivors(spared: frozenset[int] = frozenset()) -> list[Survivor]:
+    """Describe every process that is alive below this one."""
+    tops = [pid for pid in procfs.children(os.getpid()) if pid not in spared]
+    pids = tops + [below for top in tops for below in procfs.descendants(top)]
+    found = [stat for stat in map(procfs.stat, pids) if stat is not None and stat.state != "Z"]
+    return [Survivor(s.pid, s.state, procfs.wait_channel(s.pid), procfs.command_line(s.pid)[:200]) for s in found]
+
+
+def _group_of(child: int) -> int | None:
+    try:
+        return os.getpgid(child)
+    except ProcessLookupError:
+        return None
+
+
+def _strike_child(pid: int) -> bool:
+    found = procfs.stat(pid)
+    if found is None or found.state in "ZX":
+        return False
+    _send(os.kill, pid)
+    return True
+
+
+def _strike(pid: int, parent: int) -> bool:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        found = procfs.stat(pid)
+        if found is None or found.parent != parent or found.state in "ZX":
+            return False
+        _send(signal.pidfd_send_signal, descriptor)
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _send(send: Callable[[int, int], None], target: int, number: int = signal.SIGKILL) -> None:
+    try:
+        send(target, number)
+    except (ProcessLookupError, PermissionError):
+        return  # gone already, or another user's (a set-user-ID program): it is reported as alive

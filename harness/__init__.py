@@ -1,6 +1,6 @@
 """Tests that launch real servers and leave nothing behind: see README.md.
 
-The public names are loaded when they are first used: the watchdog process imports this package too, and must stay small.
+The public names are loaded at their first use: the watchdog process imports this package too, and must stay small.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class Channel:
         while True:
             try:
                 sent = self._socket.send(frame)
-            except BlockingIOError:
+            except BlockingIOError:  # noqa: PERF203 - the loop runs once, but for a watchdog that is slow to read
                 self._await(select.POLLOUT, deadline)
             else:
                 if sent != len(frame):

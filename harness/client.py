@@ -32,7 +32,8 @@ class Watchdog(Launcher):
     the watchdog asks every server to exit, kills what is left after `crash_grace_s` (at most), and ends.
 
     `state_dir`: see the README, "State". `log_dir`: where servers' logs are kept; by default they are in the state
-    directory and are removed a day after this process has ended. Raises SpecError for a wrong argument.
+    directory and are removed a day after this process has ended. `controller`: the pid of this process's parent, if its
+    end is to be taken as the end of this process (pytest-xdist's controller). Raises SpecError for a wrong argument.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class Watchdog(Launcher):
         state_dir: StrPath | None = None,
         log_dir: StrPath | None = None,
         crash_grace_s: float = DEFAULT_CRASH_GRACE_S,
+        controller: int | None = None,
     ) -> None:
         """Take the options; nothing is started yet."""
         self._given_state_dir = None if state_dir is None else specs.text(state_dir, "state_dir")
         self._given_log_dir = None if log_dir is None else Path(specs.text(log_dir, "log_dir")).absolute()
         self._crash_grace_s = specs.seconds(crash_grace_s, "crash_grace_s")
+        self._controller = controller
         self._link: Link | None = None
         self._log_dir = Path()
         self._lock = threading.Lock()
@@ -66,7 +69,7 @@ class Watchdog(Launcher):
             state_dir.prune(directory)
             run = state_dir.run_dir(directory)
             self._log_dir = self._given_log_dir or run
-            self._link = Link(run / "watchdog.log", crash_grace_s=self._crash_grace_s)
+            self._link = Link(run / "watchdog.log", crash_grace_s=self._crash_grace_s, controller=self._controller)
         return self
 
     def _started(self) -> Link:
@@ -129,8 +132,8 @@ class Watchdog(Launcher):
     def adopt(self, pid: int, *, name: str | None = None, grace_s: float = specs.DEFAULT_GRACE_S) -> Server:
         """Own a process that this process started itself: it is stopped like a server, also after a crash.
 
-        Best effort: a daemon that leaves its tree unseen is not found, and its return code is known to its parent alone,
-        which must reap it. Raises SpecError if `pid` is no living descendant of this process.
+        Best effort: a daemon that leaves its tree unseen is not found, and its return code is known to its parent
+        alone, which must reap it. Raises SpecError if `pid` is no living descendant of this process.
         """
         link = self._started()
         checked = specs.seconds(grace_s, "grace_s")
@@ -195,7 +198,7 @@ class Watchdog(Launcher):
             seconds = self._link.report.seconds
         return StopReport(tuple(s.outcome for s in self.servers if s.outcome is not None), seconds)
 
-    def __enter__(self) -> Watchdog:
+    def __enter__(self) -> Watchdog:  # noqa: PYI034 - typing.Self is there from Python 3.11 on
         """Start the watchdog."""
         return self.start()
 

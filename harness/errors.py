@@ -1,7 +1,7 @@
 """Every error that the harness raises.
 
-One root, `HarnessError`; each error carries what it knows as fields beside its text, and survives pickling (pytest-xdist
-and multiprocessing send errors between processes).
+One root, `HarnessError`; each error carries what it knows as fields beside its text, and survives pickling
+(pytest-xdist and multiprocessing send errors between processes).
 """
 
 from __future__ import annotations
@@ -77,4 +77,4 @@ class Leaked(HarnessError):  # noqa: N818 - the name is the public contract
 
 
 class PlatformNotSupported(HarnessError):  # noqa: N818 - the name is the public contract
-    """This platform lacks something that the watchdog needs; the text names it."""
+    """The platform lacks something that the watchdog needs; the text names it."""

@@ -99,7 +99,7 @@ class ServerGroup(Launcher):
         """Stop all servers of the group in parallel; return when no process of them is left."""
         return self._owner.stop(self.servers, grace_s=grace_s)
 
-    def __enter__(self) -> ServerGroup:
+    def __enter__(self) -> ServerGroup:  # noqa: PYI034 - typing.Self is there from Python 3.11 on
         """Give the group itself."""
         return self
 

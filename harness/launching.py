@@ -37,7 +37,7 @@ class Launcher(Protocol):
     ) -> Server:
         """Start a server and return once its process exists.
 
-        The program is found as `subprocess.Popen` finds it. In `command` and in the values of `env` the tokens `{port}`,
+        The program is found as `subprocess.Popen` finds it. In `command` and the values of `env` the tokens `{port}`,
         `{port:NAME}`, `{host}`, `{name}` and `{log_dir}` are replaced. The environment is `os.environ` at this moment
         with `env` over it (None removes a name); the working directory is this process's, or `cwd`. `ready` is what
         `wait_ready` waits for, up to `ready_timeout_s` seconds (480). When the server is stopped, `grace_s` is the time

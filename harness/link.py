@@ -1,7 +1,7 @@
 """The client's hold on one watchdog: forks it, sends it requests, knows when it has died, and ends it.
 
-The fork is multiprocessing's; the child then executes `watchdog/boot.py`. Between the two, `_become_watchdog` is the only
-code that runs in the watchdog process without living in `watchdog/`: it is still the test process's image.
+The fork is multiprocessing's; the child then executes `watchdog/boot.py`. Between the two, `_become_watchdog` is the
+only code that runs in the watchdog process without living in `watchdog/`: it is still the test process's image.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _Reply = TypeVar("_Reply", bound=messages.Reply)
 class Link:
     """One running watchdog, seen from the test process."""
 
-    def __init__(self, log_path: Path, *, crash_grace_s: float) -> None:
+    def __init__(self, log_path: Path, *, crash_grace_s: float, controller: int | None = None) -> None:
         """Fork the watchdog; raises PlatformNotSupported or HarnessError if that cannot be done here."""
         platform.check()
         self._owner = os.getpid()
@@ -52,7 +52,13 @@ class Link:
         self._has_launched = False
         self.report: messages.Stopped | None = None
         self._closing = threading.Lock()
-        self._process, descriptor = _fork(log_path, crash_grace_s)
+        config: dict[str, object] = {
+            "client": os.getpid(),
+            "controller": controller,
+            "crash_grace_s": crash_grace_s,
+            "log": str(log_path),
+        }
+        self._process, descriptor = _fork(config)
         self._channel = Channel(descriptor)
         self.pid = self._process.pid or 0
         self._pidfd = os.pidfd_open(self.pid)
@@ -82,8 +88,8 @@ class Link:
         except ChannelClosed:
             raise self._died() from None
         except NoReply:
-            text = f"the watchdog (pid {self.pid}) has not answered for {timeout_s + ANSWER_S:.0f} s: it hangs or is stopped"
-            raise WatchdogDied(text) from None
+            silence = f"has not answered for {timeout_s + ANSWER_S:.0f} s: it hangs or is stopped"
+            raise WatchdogDied(f"the watchdog (pid {self.pid}) {silence}") from None
         if isinstance(answer, messages.Failed):
             kind = getattr(harness.errors, answer.error, HarnessError)
             raise kind(answer.message)
@@ -150,8 +156,9 @@ class Link:
         """In a forked child: let go of the Pipe, and keep multiprocessing from ending the watchdog when it exits."""
         self._channel.close()
         os.close(self._pidfd)
-        multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]  # noqa: SLF001 - at exit,
-        # a child that was made by os.fork would send SIGTERM to every daemon process of its parent; there is no public way
+        # At its exit a child that was made by os.fork sends SIGTERM to every daemon process of its parent that is in
+        # here, and there is no public way out.
+        multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def _forget_links() -> None:
@@ -163,10 +170,9 @@ def _forget_links() -> None:
 os.register_at_fork(after_in_child=_forget_links)
 
 
-def _fork(log_path: Path, crash_grace_s: float) -> tuple[ForkProcess, int]:
+def _fork(config: dict[str, object]) -> tuple[ForkProcess, int]:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    config = {"client": os.getpid(), "crash_grace_s": crash_grace_s, "log": str(log_path)}
     arguments = (theirs.fileno(), config)
     process = context.Process(target=_become_watchdog, args=arguments, name="harness-watchdog", daemon=True)
     # Until the child has let go of this process's handlers, a Ctrl-C would run them in it.
@@ -210,8 +216,8 @@ def _flags() -> list[str]:
 
 
 def _close_all_but(kept: int) -> None:
-    # A descriptor left open here keeps `pytest | cat` from ending, xdist from seeing a dead worker, and, if it is one of
-    # /dev/nvidia*, a dead test process's GPU memory allocated.
+    # A descriptor left open here keeps `pytest | cat` from ending and xdist from seeing a dead worker, and, if it is
+    # one of /dev/nvidia*, keeps a dead test process's GPU memory allocated.
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nothing, standard)

@@ -8,7 +8,7 @@ watchdog gives it and never uses twice.
 from __future__ import annotations
 
 import json
-from typing import NamedTuple, Union
+from typing import NamedTuple, TypeAlias
 
 
 class MessageError(ValueError):
@@ -182,11 +182,11 @@ class Unkilled(NamedTuple):
     survivors: list[Survivor]
 
 
-Request = Union[Launch, Adopt, Stop, SendSignal, Wait, Status, Close]
-Reply = Union[Launched, Failed, Stopped, ServerStatus, Done]
-Order = Union[AskOrder, KillOrder]
-Report = Union[RootStarted, RootFailed, KillBegun, RootExit, TreeEmpty, Unkilled]
-Message = Union[Request, Reply, Order, Report]
+Request: TypeAlias = Launch | Adopt | Stop | SendSignal | Wait | Status | Close
+Reply: TypeAlias = Launched | Failed | Stopped | ServerStatus | Done
+Order: TypeAlias = AskOrder | KillOrder
+Report: TypeAlias = RootStarted | RootFailed | KillBegun | RootExit | TreeEmpty | Unkilled
+Message: TypeAlias = Request | Reply | Order | Report
 
 _KINDS: dict[str, type[Message]] = {
     kind.__name__: kind

@@ -30,8 +30,8 @@ class Survivor:
 class ServerOutcome:
     """How one server ended.
 
-    `how` is "exited" (by itself), "asked" (SIGTERM was enough), "killed" or "unkillable". `returncode` is the root's, in
-    `subprocess.Popen`'s convention, or None if it is not known (an adopted server). `seconds` is how long the stop took.
+    `how` is "exited" (by itself), "asked" (SIGTERM was enough), "killed" or "unkillable". `returncode` is the root's,
+    in `subprocess.Popen`'s convention, or None if it is not known (an adopted server). `seconds` is the stop's length.
     """
 
     name: str

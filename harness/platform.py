@@ -10,7 +10,7 @@ from harness.errors import PlatformNotSupported
 
 
 def check() -> None:
-    """Raise PlatformNotSupported, naming what is missing: Linux 5.4 or newer, pidfds and /proc/PID/task/TID/children."""
+    """Raise PlatformNotSupported, naming what is missing: Linux 5.4 with pidfds and /proc/PID/task/TID/children."""
     if sys.platform != "linux":
         raise PlatformNotSupported(f"the watchdog needs Linux (pidfds, subreapers, /proc); this is {sys.platform}")
     try:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from typing import Any
+
+import pytest
 
 from harness import session
 from harness.fixtures import server_group, watchdog
-
-if TYPE_CHECKING:
-    import pytest
 
 __all__ = ["server_group", "watchdog"]
 
@@ -34,6 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Fork the watchdog early, while this process is small; not in a pytest-xdist controller, which runs no test."""
     if not _is_controller(config):
         session.start(config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a pytest-xdist worker who its controller is: its servers are stopped when either of the two ends."""
+    node.workerinput[session.CONTROLLER] = os.getpid()
 
 
 def _is_controller(config: pytest.Config) -> bool:

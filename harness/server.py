@@ -24,7 +24,7 @@ _NO_STATUS = messages.ServerStatus(0, "running", root_exited=False, returncode=N
 class Server:
     """One server: a root process and everything that it starts, owned by the watchdog.
 
-    Made by `Watchdog.launch`, `ServerGroup.launch` and `Watchdog.adopt`. A context manager: leaving it stops the server.
+    Made by `Watchdog.launch`, `ServerGroup.launch` and `Watchdog.adopt`. As a context manager it is stopped at the end.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class Server:
         """Say how the root ended, in words."""
         return signals.describe(self.returncode)
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Server:  # noqa: PYI034 - typing.Self is there from Python 3.11 on
         """Give the server itself."""
         return self
 

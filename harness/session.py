@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
 
+from harness import specs
 from harness.client import DEFAULT_CRASH_GRACE_S, Watchdog
 from harness.errors import HarnessError
 
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _WATCHDOG = pytest.StashKey[Watchdog]()
+# The key under which the controller tells its workers its pid.
+CONTROLLER = "harness_controller"
 _FAILURE = pytest.StashKey[HarnessError]()
 
 
@@ -20,7 +24,7 @@ def start(config: pytest.Config) -> None:
     """Fork the watchdog; what prevents it is raised only where a test needs a watchdog."""
     try:
         log_dir, crash_grace_s = _options(config)
-        owner = Watchdog(log_dir=log_dir, crash_grace_s=crash_grace_s).start()
+        owner = Watchdog(log_dir=log_dir, crash_grace_s=crash_grace_s, controller=_controller(config)).start()
     except HarnessError as error:
         config.stash[_FAILURE] = error
     else:
@@ -41,6 +45,13 @@ def watchdog_of(config: pytest.Config) -> Watchdog:
     return config.stash[_WATCHDOG]
 
 
+def _controller(config: pytest.Config) -> int | None:
+    # A worker whose controller has died runs on for 5 to 15 s (execnet); its servers need not. A worker on another
+    # host, or behind another program, has another parent.
+    named: int | None = getattr(config, "workerinput", {}).get(CONTROLLER)
+    return named if named == os.getppid() else None
+
+
 def _options(config: pytest.Config) -> tuple[Path | None, float]:
     try:
         log_dir = config.getoption("harness_log_dir") or config.getini("harness_log_dir")
@@ -52,6 +63,6 @@ def _options(config: pytest.Config) -> tuple[Path | None, float]:
 
 def _seconds(text: str) -> float:
     try:
-        return float(text)
+        return specs.seconds(float(text), "it")
     except ValueError:
-        raise pytest.UsageError(f"harness_crash_grace_s must be a number of seconds, not {text!r}") from None
+        raise pytest.UsageError(f"harness_crash_grace_s must be a number above 0, not {text!r}") from None

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Optional, Union
+from typing import TYPE_CHECKING, TypeAlias
 
 from harness import templates
 from harness.errors import SpecError
@@ -14,8 +14,8 @@ from harness.errors import SpecError
 if TYPE_CHECKING:
     from harness.server import Server
 
-StrPath = Union[str, "os.PathLike[str]"]
-Ready = Optional[Callable[["Server"], bool]]
+StrPath: TypeAlias = "str | os.PathLike[str]"
+Ready: TypeAlias = "Callable[[Server], bool] | None"
 DEFAULT_GRACE_S = 15.0
 DEFAULT_READY_TIMEOUT_S = 480.0
 

@@ -31,8 +31,8 @@ def find(given: str | os.PathLike[str] | None = None) -> Path:
         raise HarnessError(f"the state directory {path} is a link or a file: remove it, or set HARNESS_STATE_DIR")
     if found.st_uid != os.geteuid():
         raise HarnessError(f"the state directory {path} belongs to user {found.st_uid}: set HARNESS_STATE_DIR")
-    if stat.S_IMODE(found.st_mode) != 0o700:
-        path.chmod(0o700)
+    if stat.S_IMODE(found.st_mode) != stat.S_IRWXU:
+        path.chmod(stat.S_IRWXU)
     return path.absolute()
 
 

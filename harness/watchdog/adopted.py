@@ -41,7 +41,7 @@ class Adopted:
             parent = queue.pop()
             for pid in procfs.children(parent):
                 if pid not in self.pidfds and self._open(pid, parent=parent):
-                    queue.append(pid)
+                    queue.append(pid)  # noqa: PERF401 - the queue grows while it is read
 
     def _open(self, pid: int, *, parent: int | None = None, start_time: int | None = None) -> bool:
         try:

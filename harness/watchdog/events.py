@@ -5,7 +5,7 @@ The loop makes the events and carries out the effects.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Union
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from harness.messages import Adopt, Launch, Reply, Request, Survivor
@@ -89,20 +89,20 @@ class Tick(NamedTuple):
     """A deadline has passed."""
 
 
-Event = Union[
-    Requested,
-    Started,
-    LaunchFailed,
-    RootExited,
-    TreeGone,
-    KillSeen,
-    TreeStuck,
-    KeeperLost,
-    OrphansGone,
-    OrphansStuck,
-    ClientGone,
-    Tick,
-]
+Event: TypeAlias = (
+    Requested
+    | Started
+    | LaunchFailed
+    | RootExited
+    | TreeGone
+    | KillSeen
+    | TreeStuck
+    | KeeperLost
+    | OrphansGone
+    | OrphansStuck
+    | ClientGone
+    | Tick
+)
 
 # ---- effects
 
@@ -175,4 +175,4 @@ class Leave(NamedTuple):
     """End the watchdog process."""
 
 
-Effect = Union[Spawn, Take, Ask, Kill, Signal, KillKeeper, SweepOrphans, Release, Answer, Log, Leave]
+Effect: TypeAlias = Spawn | Take | Ask | Kill | Signal | KillKeeper | SweepOrphans | Release | Answer | Log | Leave

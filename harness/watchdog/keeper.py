@@ -1,7 +1,7 @@
 """A keeper: the process that is the parent, and the subreaper, of one server's tree.
 
-`run` is called in a child that the watchdog has just forked. It carries out what `KeeperRules` decides. waitpid answering
-ECHILD is the kernel's own statement that nothing of the server survives: no scan, no pid reuse, no attribution by marks.
+`run` is called in a child that the watchdog has just forked. It carries out what `KeeperRules` decides. waitpid
+answering ECHILD is the kernel's own statement that nothing of the server survives: no scan, no pid reuse, no marks.
 """
 
 from __future__ import annotations

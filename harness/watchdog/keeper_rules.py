@@ -6,7 +6,7 @@ Whatever happens the keeper ends only when the kernel says that it has no child 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Union
+from typing import NamedTuple, TypeAlias
 
 from harness.messages import (
     KillBegun,
@@ -69,7 +69,7 @@ class Tick(NamedTuple):
     """The deadline has passed."""
 
 
-Event = Union[Ordered, RootUp, RootDown, Reaped, WatchdogGone, Swept, Tick]
+Event: TypeAlias = Ordered | RootUp | RootDown | Reaped | WatchdogGone | Swept | Tick
 
 
 # ---- effects
@@ -101,7 +101,7 @@ class Leave(NamedTuple):
     """End the keeper."""
 
 
-Effect = Union[AskRoot, AskTop, Sweep, Tell, TellUnkilled, Leave]
+Effect: TypeAlias = AskRoot | AskTop | Sweep | Tell | TellUnkilled | Leave
 
 
 class KeeperRules:
@@ -123,19 +123,21 @@ class KeeperRules:
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take an event at the monotonic time `now`, and give the effects that must follow, in order."""
         if isinstance(event, Ordered):
-            return self._on_order(event.order, now)
-        if isinstance(event, RootUp):
-            return self._on_root_up(event)
-        if isinstance(event, RootDown):
+            effects = self._on_order(event.order, now)
+        elif isinstance(event, RootUp):
+            effects = self._on_root_up(event)
+        elif isinstance(event, RootDown):
             self._failure = event.message
-            return []
-        if isinstance(event, Reaped):
-            return self._on_reaped(event)
-        if isinstance(event, WatchdogGone):
-            return self._on_watchdog_gone(now)
-        if isinstance(event, Swept):
-            return self._on_swept(event, now)
-        return self._on_tick(now)
+            effects = []
+        elif isinstance(event, Reaped):
+            effects = self._on_reaped(event)
+        elif isinstance(event, WatchdogGone):
+            effects = self._on_watchdog_gone(now)
+        elif isinstance(event, Swept):
+            effects = self._on_swept(event, now)
+        else:
+            effects = self._on_tick(now)
+        return effects
 
     def _on_order(self, order: Order, now: float) -> list[Effect]:
         if isinstance(order, KillOrder):

@@ -26,7 +26,7 @@ class Log:
         except OSError:
             return
 
-    def error(self, error: BaseException) -> None:
+    def mistake(self, error: BaseException) -> None:
         """Append where an unexpected error arose: its type and the lines it passed, not its text."""
         places = []
         trace = error.__traceback__

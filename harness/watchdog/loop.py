@@ -39,10 +39,10 @@ _REQUESTS = (
 class Loop:
     """Everything that the watchdog process does after it has been set up."""
 
-    def __init__(self, pipe: PipeEnd, client: int, wakeup: int, log: Log, *, crash_grace_s: float) -> None:
-        """Take the Pipe, a pidfd on the test process, and the descriptor that signals wake."""
+    def __init__(self, pipe: PipeEnd, owners: list[int], wakeup: int, log: Log, *, crash_grace_s: float) -> None:
+        """Take the Pipe, pidfds on the processes whose end is the run's end, and the descriptor that signals wake."""
         self._pipe = pipe
-        self._client = client
+        self._owners = owners
         self._wakeup = wakeup
         self._log = log
         self._crash_grace_s = crash_grace_s
@@ -72,7 +72,8 @@ class Loop:
         """Run until the supervisor says to leave. SIGTERM to this process stops all servers and ends it."""
         signal.signal(signal.SIGTERM, self._on_sigterm)
         self._watch(self._pipe.descriptor, self._read_pipe)
-        self._watch(self._client, self._see_client_end)
+        for owner in self._owners:
+            self._watch(owner, self._see_owner_end)
         self._watch(self._wakeup, self._see_signals)
         while True:
             for descriptor, _ in self._epoll.poll(self._timeout_s()):
@@ -86,7 +87,7 @@ class Loop:
         try:
             step()
         except Exception as error:  # noqa: BLE001 - see above
-            self._log.error(error)
+            self._log.mistake(error)
 
     def _timeout_s(self) -> float:
         deadlines = (self._supervisor.next_deadline(), self._orphans.deadline, self._adopting.deadline)
@@ -133,9 +134,10 @@ class Loop:
         else:
             self._answer(events.Answer(message_id, messages.Failed("HarnessError", "that is not a request")))
 
-    def _see_client_end(self) -> None:
-        self._forget(self._client)
-        self._end_of_client("the test process has ended")
+    def _see_owner_end(self) -> None:
+        for owner in self._owners:
+            self._forget(owner)
+        self._end_of_client("the test process, or the controller of its run, has ended")
 
     def _end_of_client(self, reason: str) -> None:
         self._forget(self._pipe.descriptor)

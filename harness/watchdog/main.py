@@ -7,6 +7,7 @@ import os
 import signal
 from typing import NoReturn, TypedDict
 
+from harness import procfs
 from harness.watchdog import kernel
 from harness.watchdog.log import Log
 from harness.watchdog.loop import Loop
@@ -14,10 +15,14 @@ from harness.watchdog.pipe import PipeEnd
 
 
 class Config(TypedDict):
-    """What the client gives: the Pipe's file descriptor, its own pid, the crash grace in seconds, a log path."""
+    """What the client gives: the Pipe's file descriptor, its own pid, the crash grace in seconds, a log path.
+
+    `controller` is the pid of its parent if this must not outlive it either (pytest-xdist's controller), else None.
+    """
 
     pipe: int
     client: int
+    controller: int | None
     crash_grace_s: float
     log: str
 
@@ -27,18 +32,31 @@ def main(config: Config) -> NoReturn:
     log = Log(config["log"])
     try:
         os.set_inheritable(config["pipe"], False)
-        client = os.pidfd_open(config["client"])
-        if os.getppid() != config["client"]:
-            os._exit(0)  # the test process died before its pidfd was opened; nothing has been launched
+        owners = _open_owners(config["client"], config["controller"])
         kernel.become_subreaper()
         kernel.set_name("harness-watchd")
-        loop = Loop(PipeEnd(config["pipe"]), client, _wakeup(), log, crash_grace_s=config["crash_grace_s"])
+        loop = Loop(PipeEnd(config["pipe"]), owners, _wakeup(), log, crash_grace_s=config["crash_grace_s"])
         gc.collect()
         gc.freeze()  # keepers are forked from here: a later collection must not touch, and so copy, every page
         loop.run()
     except BaseException as error:  # noqa: BLE001 - whatever it is, the keepers must learn of it by this process's end
-        log.error(error)
+        log.mistake(error)
     os._exit(1)
+
+
+def _open_owners(client: int, controller: int | None) -> list[int]:
+    # Nothing has been launched yet, so there is nothing to do but end where one of them has died already. Each number
+    # is checked after its pidfd was opened: it still belongs to a parent, so it was not given to another process.
+    try:
+        owners = [os.pidfd_open(client)]
+        if controller is not None:
+            owners.append(os.pidfd_open(controller))
+    except ProcessLookupError:
+        os._exit(0)
+    found = procfs.stat(client)
+    if os.getppid() != client or found is None or controller not in {None, found.parent}:
+        os._exit(0)
+    return owners
 
 
 def _wakeup() -> int:

@@ -1,4 +1,7 @@
-"""The watchdog's end of the Pipe: never blocks, neither on a frame that comes in pieces nor on a client that does not read."""
+"""The watchdog's end of the Pipe.
+
+It never blocks: neither on a frame that comes in pieces, nor on a client that does not read.
+"""
 
 from __future__ import annotations
 

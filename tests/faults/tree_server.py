@@ -1,0 +1,50 @@
+"""A server with a whole tree: a worker in its group, and a daemon (setsid, double fork) without any environment.
+
+Usage: python -I -S tree_server.py MARKS [--ignore] [--stop-s SECONDS]. Every process that is asked to exit leaves an
+empty file `asked-PID` in the directory MARKS. `--ignore` makes all three ignore SIGTERM after that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import time
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("marks")
+    parser.add_argument("--ignore", action="store_true")
+    parser.add_argument("--stop-s", type=float, default=0.0)
+    options = parser.parse_args()
+    if os.fork() == 0:
+        serve(options)
+    read_end, write_end = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.write(write_end, b"up")
+            os.environ.clear()
+            serve(options)
+        os._exit(0)
+    os.wait()
+    os.read(read_end, 2)
+    os.write(1, b"ready\n")
+    serve(options)
+
+
+def serve(options: argparse.Namespace) -> None:
+    def on_sigterm(_signal: int, _frame: object) -> None:
+        os.close(os.open(os.path.join(options.marks, f"asked-{os.getpid()}"), os.O_CREAT | os.O_WRONLY))
+        if not options.ignore:
+            time.sleep(options.stop_s)  # that is what this server is asked to do: to take its time
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    while True:
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The demo: the suite in demo_suite under `pytest -n 2`, then the same suite killed with SIGKILL in the middle."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from harness import procfs
+
+SUITE = Path(__file__).with_name("demo_suite")
+PYTEST = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "-p",
+    "no:cacheprovider",
+    "-n",
+    "2",
+    "-c",
+    os.devnull,
+    "--rootdir",
+    str(SUITE),
+]
+# The demo kills the run once the servers of both workers are up; a worker's test has at least this many processes.
+ENOUGH_SERVER_PROCESSES = 6
+
+
+def main() -> int:
+    title(f"1. A suite that launches real servers ({SUITE.name}/test_demo.py) under pytest -n 2")
+    code = subprocess.run([*PYTEST, "-v", "--durations=0", "--durations-min=0.5", str(SUITE)], check=False).returncode
+    title("2. The same suite, and pytest and both workers killed with SIGKILL in the middle")
+    left = kill_in_the_middle()
+    return 1 if code or left else 0
+
+
+def title(text: str) -> None:
+    print(f"\n\033[1m{text}\033[0m\n" if sys.stdout.isatty() else f"\n{text}\n{'=' * len(text)}", flush=True)
+
+
+def kill_in_the_middle() -> int:
+    run = subprocess.Popen(
+        [*PYTEST, "-q", str(SUITE)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    pids = wait_for_servers(run)
+    print("Before:")
+    show(pids)
+    pidfds = {pid: os.pidfd_open(pid) for pid in pids}
+    started = time.monotonic()
+    os.killpg(run.pid, signal.SIGKILL)
+    ends_ms = wait_for_ends(pidfds, started)
+    run.wait()
+    print(f"\nkill -9 of pytest and its workers. {max(ends_ms.values(), default=0.0):.0f} ms after it:")
+    left = {pid: text for pid, text in pids.items() if pid not in ends_ms}
+    show(left)
+    for kind in ("pytest", "server", "keeper", "watchdog"):
+        times = [ends_ms[pid] for pid, text in pids.items() if text.startswith(kind) and pid in ends_ms]
+        count = sum(text.startswith(kind) for text in pids.values())
+        print(f"  {len(times)} of {count} {kind} processes gone, the last after {max(times, default=0.0):.0f} ms")
+    print("  (a server that ignores SIGTERM gets its grace, here 1.0 s, and is then killed)")
+    return len(left)
+
+
+def wait_for_servers(run: subprocess.Popen[bytes]) -> dict[int, str]:
+    """Wait until enough servers are up; give every process of the run with what it is."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = {pid: kind_of(pid, run.pid) for pid in [run.pid, *procfs.descendants(run.pid)]}
+        if sum(text.startswith("server") for text in found.values()) >= ENOUGH_SERVER_PROCESSES:
+            return found
+        time.sleep(0.02)  # processes of others appear without telling us
+    raise SystemExit("the suite did not launch its servers within 60 s")
+
+
+def kind_of(pid: int, run: int) -> str:
+    comm = Path(f"/proc/{pid}/comm")
+    name = comm.read_text(encoding="utf-8").strip() if comm.exists() else ""
+    line = procfs.command_line(pid)
+    found = procfs.stat(pid)
+    if name == "harness-watchd":
+        return "watchdog of a worker"
+    if name == "harness-keeper":
+        return "keeper of a server"
+    if pid == run or (found is not None and found.parent == run):
+        return "pytest" if pid == run else "pytest worker"
+    shown = " ".join(Path(word).name if word.startswith("/") else word for word in line.split())
+    return f"server: {shown[:70]}"
+
+
+def show(pids: dict[int, str]) -> None:
+    """Print the processes as a tree: each below its parent."""
+    parents = {pid: found.parent for pid in pids if (found := procfs.stat(pid)) is not None}
+    tops = [pid for pid in pids if parents.get(pid) not in pids]
+    for top in tops:
+        show_below(top, pids, parents, "  ")
+    if not pids:
+        print("  (no process of the run is left)")
+
+
+def show_below(pid: int, pids: dict[int, str], parents: dict[int, int], indent: str) -> None:
+    print(f"  {pid:>7}{indent}{pids[pid]}")
+    for child in [other for other in pids if parents.get(other) == pid]:
+        show_below(child, pids, parents, indent + "  ")
+
+
+def wait_for_ends(pidfds: dict[int, int], started: float) -> dict[int, float]:
+    """Wait until every process has exited, at most 30 s; give each one's end in ms after `started`."""
+    poll = select.poll()
+    pids = {descriptor: pid for pid, descriptor in pidfds.items()}
+    for descriptor in pids:
+        poll.register(descriptor, select.POLLIN)
+    ends_ms: dict[int, float] = {}
+    while len(ends_ms) < len(pidfds):
+        ready = poll.poll(30_000)
+        if not ready:
+            break
+        for descriptor, _ in ready:
+            ends_ms[pids[descriptor]] = (time.monotonic() - started) * 1000
+            poll.unregister(descriptor)
+            os.close(descriptor)
+    return ends_ms
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,13 +17,14 @@ import select
 import signal
 import sys
 import threading
+import time
 import warnings
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import harness.errors
-from harness import frames, messages, platform, signals
+from harness import frames, messages, platform, procfs, signals
 from harness.channel import Channel, ChannelClosed, NoReply
 from harness.errors import HarnessError, WatchdogDied
 
@@ -35,6 +36,7 @@ _BOOT = Path(__file__).with_name("watchdog") / "boot.py"
 ANSWER_S = 30.0
 # After its last deadline, how long the watchdog may take to kill, report and end.
 END_S = 8.0
+_KEEPERS_POLL_S = 0.01
 
 _links: weakref.WeakSet[Link] = weakref.WeakSet()
 _Reply = TypeVar("_Reply", bound=messages.Reply)
@@ -52,6 +54,7 @@ class Link:
         self._has_launched = False
         self.report: messages.Stopped | None = None
         self._closing = threading.Lock()
+        self._keepers: dict[int, int] = {}
         config: dict[str, object] = {
             "client": os.getpid(),
             "controller": controller,
@@ -80,7 +83,15 @@ class Link:
         """Send a request; `timeout_s` is how long it may take by its nature. Raises what the watchdog replies."""
         self._check_usable()
         self._has_launched = self._has_launched or isinstance(request, (messages.Launch, messages.Adopt))
-        return self._exchange(request, reply, timeout_s)
+        answer = self._exchange(request, reply, timeout_s)
+        if isinstance(answer, messages.Launched):
+            self._remember_keeper(answer.keeper)
+        return answer
+
+    def _remember_keeper(self, pid: int) -> None:
+        keeper = procfs.stat(pid) if pid else None
+        if keeper is not None:
+            self._keepers[pid] = keeper.start_time
 
     def _exchange(self, request: messages.Request, reply: type[_Reply], timeout_s: float) -> _Reply:
         try:
@@ -130,8 +141,17 @@ class Link:
                     self.report = self._exchange(messages.Close(), messages.Stopped, self._longest_stop_s())
                 else:
                     self._kill()
+            except WatchdogDied:
+                self._wait_for_keepers()
+                raise
             finally:
                 self._end()
+
+    def _wait_for_keepers(self) -> None:
+        # Without a watchdog its keepers stop its servers; what comes after `close` may need their ports.
+        deadline = time.monotonic() + self._crash_grace_s + END_S
+        while any(procfs.is_alive(pid, start) for pid, start in self._keepers.items()) and time.monotonic() < deadline:
+            time.sleep(_KEEPERS_POLL_S)
 
     def _longest_stop_s(self) -> float:
         return self.longest_grace_s + END_S

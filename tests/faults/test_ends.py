@@ -142,7 +142,7 @@ def test_the_watchdog_is_killed(start_run: StartRun, options: tuple[str, ...]) -
 @pytest.mark.parametrize("options", [PLAIN, ("-n", "1")], ids=["plain", "xdist"])
 def test_a_keeper_is_killed(start_run: StartRun, options: tuple[str, ...]) -> None:
     """The kernel ends its root at once, and what is below re-parents to the watchdog, which asks and kills it."""
-    run = start_run(*options)
+    run = start_run(*options, grace_s=1.0)
     ups = run.ups()
     first, second = ups[0].trees
     with Watched([*first, ups[0].keepers[0]]) as hit, Watched([*second, ups[0].keepers[1], ups[0].watchdog]) as rest:

@@ -1,0 +1,90 @@
+"""What the client of a watchdog sees when that has been killed, stopped, or could not start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from faults.runs import TREE_SERVER, Watched
+
+import harness
+from harness import link, procfs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def watchdog(tmp_path: Path) -> Iterator[harness.Watchdog]:
+    owner = harness.Watchdog(state_dir=tmp_path / "state", crash_grace_s=0.5).start()
+    yield owner
+    try:
+        owner.close()
+    except harness.WatchdogDied:
+        assert not owner.is_alive
+
+
+def launch(watchdog: harness.Watchdog, marks: Path, *options: str) -> harness.Server:
+    command = [sys.executable, "-I", "-S", str(TREE_SERVER), str(marks), *options]
+    return watchdog.launch(command, ready=harness.log_line("ready"), grace_s=0.5).wait_ready(timeout_s=30)
+
+
+def test_close_returns_when_the_keepers_of_a_dead_watchdog_are_done(watchdog: harness.Watchdog, tmp_path: Path) -> None:
+    server = launch(watchdog, tmp_path, "--ignore")
+    pids = server.pids()
+    with Watched(pids) as watched:
+        os.kill(watchdog.pid or 0, signal.SIGKILL)
+        with pytest.raises(harness.WatchdogDied, match="killed by SIGKILL"):
+            watchdog.close()
+        assert watched.alive() == []
+    assert not watchdog.is_alive
+
+
+def test_everything_fails_clearly_once_the_watchdog_has_died(watchdog: harness.Watchdog, tmp_path: Path) -> None:
+    server = launch(watchdog, tmp_path)
+    with Watched(server.pids()) as watched:
+        os.kill(watchdog.pid or 0, signal.SIGKILL)
+        for attempt in (server.stop, server.wait, lambda: server.state, lambda: launch(watchdog, tmp_path)):
+            with pytest.raises(harness.WatchdogDied, match="has died"):
+                attempt()
+        assert watched.wait_gone(10.0) == []
+
+
+def test_a_stopped_watchdog_is_ended_by_close(
+    watchdog: harness.Watchdog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = launch(watchdog, tmp_path)
+    monkeypatch.setattr(link, "ANSWER_S", 0.2)
+    monkeypatch.setattr(link, "END_S", 0.2)
+    with Watched([*server.pids(), watchdog.pid or 0]) as watched:
+        os.kill(watchdog.pid or 0, signal.SIGSTOP)
+        with pytest.raises(harness.WatchdogDied, match="has not answered"):
+            watchdog.close()
+        assert watched.wait_gone(10.0) == []
+
+
+def test_a_stopped_keeper_is_ended_and_its_tree_swept(watchdog: harness.Watchdog, tmp_path: Path) -> None:
+    server = launch(watchdog, tmp_path, "--ignore")
+    found = procfs.stat(server.pid)
+    assert found is not None
+    with Watched([*server.pids(), found.parent]) as watched:
+        os.kill(found.parent, signal.SIGSTOP)
+        outcome = server.stop()
+        assert watched.alive() == []
+    assert outcome.how == "killed"
+
+
+def test_an_interpreter_that_cannot_be_executed_is_named(
+    watchdog: harness.Watchdog, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-such-python"))
+    with harness.Watchdog(state_dir=tmp_path / "other") as broken:
+        with pytest.raises(harness.WatchdogDied, match=r"cannot execute .*no-such-python.*No such file"):
+            broken.launch(["true"])
+        with pytest.raises(harness.WatchdogDied):
+            broken.close()
+    assert watchdog.is_alive

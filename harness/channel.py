@@ -49,10 +49,13 @@ class Channel:
         """Close this end; the watchdog takes that as the end of the test process."""
         self._socket.close()
 
-    def request(self, message: bytes, timeout_s: float) -> bytes:
+    def new_id(self) -> int:
+        """Give the id of a message that is to be sent."""
+        return next(self._ids)
+
+    def request(self, message_id: int, message: bytes, timeout_s: float) -> bytes:
         """Send a request and wait for its reply; raises ChannelClosed or NoReply."""
         deadline = time.monotonic() + timeout_s
-        message_id = next(self._ids)
         try:
             self._awaited.add(message_id)
             for frame in frames.split(message_id, message):

@@ -112,7 +112,7 @@ class Watchdog(Launcher):
         )
         link.longest_grace_s = max(link.longest_grace_s, spec.grace_s)
         try:
-            launched = link.request(request, messages.Launched)
+            launched = link.launch(request)
         except LaunchFailed:
             log_path.unlink(missing_ok=True)
             raise
@@ -141,7 +141,7 @@ class Watchdog(Launcher):
         chosen = specs.name(name) if name is not None else f"adopted-{pid}"
         link.longest_grace_s = max(link.longest_grace_s, checked)
         try:
-            launched = link.request(messages.Adopt(chosen, pid, found.start_time, checked), messages.Launched)
+            launched = link.launch(messages.Adopt(chosen, pid, found.start_time, checked))
         except LaunchFailed as error:
             raise SpecError(str(error)) from None
         spec = specs.ServerSpec(name=chosen, grace_s=checked)

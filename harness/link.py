@@ -82,20 +82,33 @@ class Link:
     def request(self, request: messages.Request, reply: type[_Reply], *, timeout_s: float = 0.0) -> _Reply:
         """Send a request; `timeout_s` is how long it may take by its nature. Raises what the watchdog replies."""
         self._check_usable()
-        self._has_launched = self._has_launched or isinstance(request, (messages.Launch, messages.Adopt))
-        answer = self._exchange(request, reply, timeout_s)
-        if isinstance(answer, messages.Launched):
-            self._remember_keeper(answer.keeper)
-        return answer
+        return self._exchange(self._channel.new_id(), request, reply, timeout_s)
+
+    def launch(self, request: messages.Launch | messages.Adopt) -> messages.Launched:
+        """Have a server launched or adopted; if that is interrupted, the server is killed before this raises."""
+        self._check_usable()
+        self._has_launched = True
+        key = self._channel.new_id()
+        try:
+            launched = self._exchange(key, request, messages.Launched, 0.0)
+        except HarnessError:
+            raise
+        except BaseException:
+            # Ctrl-C, or pytest-timeout's SIGALRM: nobody will ever hold this server.
+            with contextlib.suppress(HarnessError):
+                self.request(messages.Stop([key], None, kill=True), messages.Stopped)
+            raise
+        self._remember_keeper(launched.keeper)
+        return launched
 
     def _remember_keeper(self, pid: int) -> None:
         keeper = procfs.stat(pid) if pid else None
         if keeper is not None:
             self._keepers[pid] = keeper.start_time
 
-    def _exchange(self, request: messages.Request, reply: type[_Reply], timeout_s: float) -> _Reply:
+    def _exchange(self, key: int, request: messages.Request, reply: type[_Reply], timeout_s: float) -> _Reply:
         try:
-            answer = messages.decode(self._channel.request(messages.encode(request), timeout_s + ANSWER_S))
+            answer = messages.decode(self._channel.request(key, messages.encode(request), timeout_s + ANSWER_S))
         except ChannelClosed:
             raise self._died() from None
         except NoReply:
@@ -138,7 +151,9 @@ class Link:
                 return
             try:
                 if self._has_launched:
-                    self.report = self._exchange(messages.Close(), messages.Stopped, self._longest_stop_s())
+                    self.report = self._exchange(
+                        self._channel.new_id(), messages.Close(), messages.Stopped, self._longest_stop_s()
+                    )
                 else:
                     self._kill()
             except WatchdogDied:
@@ -232,7 +247,9 @@ def _flags() -> list[str]:
     # -S skips site: no .pth file of the test process's environment runs, and it starts in half the time. Coverage
     # measures other processes by a .pth file of its own.
     is_measured = "COVERAGE_PROCESS_START" in os.environ or "COVERAGE_PROCESS_CONFIG" in os.environ
-    return ["-I"] if is_measured else ["-I", "-S"]
+    flags = ["-I"] if is_measured else ["-I", "-S"]
+    # Names and texts must be encoded as the test process decoded them.
+    return [*flags, "-X", f"utf8={sys.flags.utf8_mode}"]
 
 
 def _close_all_but(kept: int) -> None:

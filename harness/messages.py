@@ -1,8 +1,8 @@
 """The messages between the client, the watchdog and its keepers, as frozen types, and their form on the wire.
 
 On the wire a message is JSON, `["Launch", {...}]`: decoding it runs no code. Names and texts that are not UTF-8 travel
-as lone surrogates, as `os.fsdecode` made them. Seconds are floats; a server is known by its `key`, a number that the
-watchdog gives it and never uses twice.
+as lone surrogates, as `os.fsdecode` made them. Seconds are floats; a server is known by its `key`, the
+id of the request that launched it.
 """
 
 from __future__ import annotations

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
 from harness import specs
 from harness.client import DEFAULT_CRASH_GRACE_S, Watchdog
-from harness.errors import HarnessError
+from harness.errors import HarnessError, WatchdogDied
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +34,11 @@ def start(config: pytest.Config) -> None:
 
 
 def _close(owner: Watchdog) -> None:
-    owner.close()
+    try:
+        owner.close()
+    except WatchdogDied as error:
+        # Here an exception would be pytest's internal error; tests that used the watchdog have reported it already.
+        sys.stderr.write(f"harness: {error}\n")
 
 
 def watchdog_of(config: pytest.Config) -> Watchdog:

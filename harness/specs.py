@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ StrPath: TypeAlias = "str | os.PathLike[str]"
 Ready: TypeAlias = "Callable[[Server], bool] | None"
 DEFAULT_GRACE_S = 15.0
 DEFAULT_READY_TIMEOUT_S = 480.0
+# More than a year is a mistake, and more than some clocks and poll(2) can count.
+LONGEST_S = 366 * 86400.0
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def seconds(value: object, what: str) -> float:
     """Check a time: a finite number above zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise SpecError(f"{what} must be a number of seconds, not {type(value).__name__}")
-    if not math.isfinite(value) or value <= 0:
-        raise SpecError(f"{what} must be more than 0 seconds, not {value}")
+    if not 0 < value <= LONGEST_S:
+        raise SpecError(f"{what} must be more than 0 seconds and at most {LONGEST_S:.0f}, not {value}")
     return float(value)
 
 
@@ -101,7 +102,7 @@ def ports(value: object) -> tuple[str, ...]:
 
 def ask(value: object) -> str:
     """Check how a server is asked to exit."""
-    if value not in {"root", "group"}:
+    if value not in ("root", "group"):
         raise SpecError(f'ask must be "root" or "group", not {value!r}')
     return str(value)
 

@@ -179,7 +179,8 @@ class KeeperRules:
     def _on_watchdog_gone(self, now: float) -> list[Effect]:
         if self._is_killing:
             return []
-        self.deadline = now + self._crash_grace_s
+        limit = now + self._crash_grace_s
+        self.deadline = limit if self.deadline is None else min(self.deadline, limit)
         return self._ask()
 
     def _on_tick(self, now: float) -> list[Effect]:

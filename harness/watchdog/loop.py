@@ -129,10 +129,15 @@ class Loop:
         except messages.MessageError as error:
             self._answer(events.Answer(message_id, messages.Failed("HarnessError", str(error))))
             return
-        if isinstance(request, _REQUESTS):
-            self._tell(events.Requested(message_id, request))
-        else:
+        if not isinstance(request, _REQUESTS):
             self._answer(events.Answer(message_id, messages.Failed("HarnessError", "that is not a request")))
+            return
+        try:
+            self._tell(events.Requested(message_id, request))
+        except Exception as error:  # noqa: BLE001 - the client waits for a reply, whatever went wrong
+            self._log.mistake(error)
+            failed = messages.Failed("HarnessError", f"the watchdog failed: {type(error).__name__} (see its log)")
+            self._answer(events.Answer(message_id, failed))
 
     def _see_owner_end(self) -> None:
         for owner in self._owners:

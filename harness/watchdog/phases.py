@@ -67,6 +67,7 @@ TRANSITIONS: dict[tuple[Phase, Sign], Phase] = {
     (Phase.LOST, Sign.EMPTY): Phase.GONE,
     (Phase.LOST, Sign.STUCK): Phase.UNKILLABLE,
     (Phase.UNKILLABLE, Sign.EMPTY): Phase.GONE,
+    (Phase.UNKILLABLE, Sign.FAILED): Phase.GONE,
     (Phase.UNKILLABLE, Sign.KEEPER_LOST): Phase.LOST,
 }
 

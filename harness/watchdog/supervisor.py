@@ -54,6 +54,8 @@ class _Server:
         self.stop_ended: float | None = None
         self.was_asked = False
         self.was_killed = False
+        self.keeper_is_lost = False
+        self.keeper_was_killed = False
         self.deadline: float | None = None
         self.survivors: list[Survivor] = []
 
@@ -148,7 +150,8 @@ class Supervisor:
         if self._is_closing or self._client_is_gone:
             self._answer(request_id, Failed("HarnessError", "the watchdog is stopping: it starts nothing more"))
             return
-        key = len(self._servers) + 1
+        # The client chose the number, so it can stop a server whose launch it did not see the end of.
+        key = request_id
         self._servers[key] = _Server(key, request.name, request.grace_s, request_id)
         if isinstance(request, Launch):
             self._effects.append(events.Spawn(key, request))
@@ -171,7 +174,7 @@ class Supervisor:
             self._answer(request_id, self._servers[request.key].status())
 
     def _send_signal(self, request_id: int, server: _Server, signal: int) -> None:
-        if not server.root_exited and server.phase is not Phase.LAUNCHING:
+        if not server.root_exited and server.phase not in {Phase.LAUNCHING, Phase.GONE}:
             self._effects.append(events.Signal(server.key, signal))
         self._answer(request_id, Done())
 
@@ -205,6 +208,8 @@ class Supervisor:
         server.deadline = deadline if server.deadline is None else min(server.deadline, deadline)
 
     def _kill(self, servers: list[_Server], now: float) -> None:
+        if any(server.phase is Phase.LOST for server in servers):
+            self._effects.append(events.SweepOrphans(kill=True))
         killed = [server for server in servers if self._move(server, Sign.KILL)]
         for server in killed:
             server.was_killed = True
@@ -217,11 +222,7 @@ class Supervisor:
         if self._client_is_gone:
             return
         self._client_is_gone = True
-        self._waitings = []
         self._log(f"{reason}: stopping {sum(not s.phase.is_over for s in self._servers.values())} servers")
-        for server in self._servers.values():
-            if server.phase in {Phase.ASKED, Phase.LOST} and server.deadline is not None:
-                server.deadline = min(server.deadline, now + self._crash_grace_s)
         self._ask(list(self._servers.values()), None, now)
 
     # ---- what happens to servers
@@ -241,8 +242,7 @@ class Supervisor:
         elif isinstance(event, events.KillSeen):
             self._on_kill_seen(server, now)
         elif isinstance(event, events.TreeStuck):
-            server.survivors = event.survivors
-            self._end(server, Sign.STUCK, now)
+            self._end(server, Sign.STUCK, now, event.survivors)
         else:
             self._on_keeper_lost(server, now)
 
@@ -269,26 +269,28 @@ class Supervisor:
     def _on_keeper_lost(self, server: _Server, now: float) -> None:
         if not self._move(server, Sign.KEEPER_LOST):
             return
+        server.keeper_is_lost = True
         self._log(f"the keeper of {server.name!r} died: the watchdog sweeps what it left")
         self._fail_launch(server, f"the keeper of {server.name!r} died while it was launching")
         server.stop_began = now if server.stop_began is None else server.stop_began
         kill_at_once = server.was_killed
         server.was_killed = True
-        server.deadline = now if kill_at_once else now + min(server.grace_s, self._crash_grace_s)
+        limit = now if kill_at_once else now + min(server.grace_s, self._crash_grace_s)
+        server.deadline = limit if server.deadline is None else min(server.deadline, limit)
         self._effects.append(events.SweepOrphans(kill=kill_at_once))
 
     def _on_orphans(self, event: events.OrphansGone | events.OrphansStuck, now: float) -> None:
-        lost = [server for server in self._servers.values() if server.phase is Phase.LOST]
+        lost = [server for server in self._servers.values() if server.keeper_is_lost]
         for server in lost:
             if isinstance(event, events.OrphansStuck):
-                server.survivors = event.survivors
-                self._end(server, Sign.STUCK, now)
+                self._end(server, Sign.STUCK, now, event.survivors)
             else:
                 self._end(server, Sign.EMPTY, now)
 
-    def _end(self, server: _Server, sign: Sign, now: float) -> None:
+    def _end(self, server: _Server, sign: Sign, now: float, survivors: list[Survivor] | None = None) -> None:
         if not self._move(server, sign):
             return
+        server.survivors = survivors or []
         server.deadline = None
         server.stop_ended = now if server.stop_ended is None else server.stop_ended
         if server.phase is Phase.GONE:
@@ -304,9 +306,16 @@ class Supervisor:
                 server.deadline = None
                 self._effects.append(events.SweepOrphans(kill=True))
             elif server.deadline is not None and server.deadline <= now:
-                server.deadline = None
-                self._log(f"the keeper of {server.name!r} does not answer: ending it")
-                self._effects.append(events.KillKeeper(server.key))
+                self._give_up_keeper(server, now)
+
+    def _give_up_keeper(self, server: _Server, now: float) -> None:
+        if server.keeper_was_killed:
+            self._end(server, Sign.STUCK, now)  # not even its keeper ends on SIGKILL
+            return
+        server.keeper_was_killed = True
+        server.deadline = now + KILL_LIMIT_S
+        self._log(f"the keeper of {server.name!r} does not answer: ending it")
+        self._effects.append(events.KillKeeper(server.key))
 
     # ---- after every event
 
@@ -314,13 +323,15 @@ class Supervisor:
         for waiting in [w for w in self._waitings if w.is_reached or w.deadline <= now]:
             self._waitings.remove(waiting)
             self._answer(waiting.request_id, waiting.server.status())
+        is_leaving = False
         for stopping in [s for s in self._stoppings if all(server.phase.is_over for server in s.servers)]:
             self._stoppings.remove(stopping)
             outcomes = [server.outcome() for server in stopping.servers]
             self._answer(stopping.request_id, Stopped(outcomes, now - stopping.began))
-            if stopping.leave:
-                self._effects.append(events.Leave())
-        if self._client_is_gone and all(server.phase.is_over for server in self._servers.values()):
+            is_leaving = is_leaving or stopping.leave
+        if is_leaving or (self._client_is_gone and all(server.phase.is_over for server in self._servers.values())):
+            for server in self._servers.values():
+                self._fail_launch(server, f"{server.name!r} could not be killed while it was launching")
             self._effects.append(events.Leave())
 
     def _move(self, server: _Server, sign: Sign) -> bool:

@@ -137,6 +137,7 @@ def test_the_watchdog_is_killed(start_run: StartRun, options: tuple[str, ...]) -
         run.end()
     assert "the watchdog" in run.text()
     assert "has died (killed by SIGKILL)" in run.text()
+    assert "Traceback" not in run.text()
 
 
 @pytest.mark.parametrize("options", [PLAIN, ("-n", "1")], ids=["plain", "xdist"])

@@ -1,0 +1,110 @@
+"""Messages: each comes back as it was, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import get_args
+
+import pytest
+
+from harness import messages
+from harness.messages import Message, MessageError, Outcome, Survivor, decode, encode
+
+STUCK = Survivor(7, "D", "nfs_wait", "program --json {}")
+EACH: list[Message] = [
+    messages.Launch(
+        name="na\udc80me {name} \U0001f600",
+        command=["program", '{"a": {"b": [1]}}', "\udcff", ""],
+        environment={"A": "{port}", "B\udc80": "\n\x01"},
+        templated=["A"],
+        cwd="/",
+        ports=["metrics"],
+        log_path="/log",
+        log_dir="/",
+        ask="root",
+        grace_s=1.5,
+    ),
+    messages.Adopt("a", 50, 7, 15.0),
+    messages.Stop([1, 2], None, kill=False),
+    messages.SendSignal(1, 10),
+    messages.Wait(1, "exit", 0.25),
+    messages.Status(1),
+    messages.Close(),
+    messages.Launched(1, 101, 2**63, 201, {"": 8000, "metrics": 8001}),
+    messages.Failed("LaunchFailed", "no {port} \udc80"),
+    messages.Stopped(
+        [Outcome(1, "a", 101, "unkillable", None, 0.1, [STUCK, STUCK]), Outcome(2, "b", 102, "asked", -15, 1.0, [])],
+        0.5,
+    ),
+    messages.Stopped([], 0.0),
+    messages.ServerStatus(1, "gone", root_exited=True, returncode=-9),
+    messages.Done(),
+    messages.AskOrder(root_asked=True),
+    messages.KillOrder(),
+    messages.RootStarted(101, 7),
+    messages.RootFailed("no such program"),
+    messages.KillBegun(),
+    messages.RootExit(-15),
+    messages.TreeEmpty(),
+    messages.Unkilled([STUCK]),
+]
+
+
+@pytest.mark.parametrize("message", EACH, ids=lambda message: type(message).__name__)
+def test_each_message_comes_back_as_it_was(message: Message) -> None:
+    decoded = decode(encode(message))
+    assert type(decoded) is type(message)
+    assert decoded == message
+
+
+def test_what_is_nested_comes_back_with_its_types() -> None:
+    stopped, unkilled = decode(encode(EACH[9])), decode(encode(messages.Unkilled([STUCK])))
+    assert isinstance(stopped, messages.Stopped)
+    assert isinstance(unkilled, messages.Unkilled)
+    assert [type(outcome) for outcome in stopped.outcomes] == [Outcome, Outcome]
+    assert [type(survivor) for survivor in stopped.outcomes[0].survivors + unkilled.survivors] == [Survivor] * 3
+
+
+def test_every_kind_of_message_is_tried_here() -> None:
+    assert {type(message) for message in EACH} == set(get_args(messages.Message))
+
+
+class Trap:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (pytest.fail, ("unpickling ran code",))
+
+
+def wire(name: object, fields: object) -> bytes:
+    return json.dumps([name, fields]).encode()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        *(b"", b"\xff\xfe", b"secret", b'"secret"', b"null", b"17", b"[]", b"{}", b'["Status"]', b'["Status", {}, 1]'),
+        *(b"[" * 100_000, b"9" * 10_000, pickle.dumps(Trap()), pickle.dumps(messages.Close())),
+        *(wire("secret", {}), wire("Survivor", {}), wire("decode", {}), wire("__import__", {"name": "secret"})),
+        *(wire(None, {}), wire(["Status"], {}), wire({}, {}), wire("Status", None), wire("Status", [1])),
+        *(wire("Status", {}), wire("Status", {"secret": 1}), wire("Status", {"key": 1, "secret": 1})),
+        *(wire("Close", {"secret": 1}), wire("Status", {"_cls": "secret", "key": 1})),
+        *(wire("Stopped", {"outcomes": 5, "seconds": 1}), wire("Stopped", {"outcomes": [["secret"]], "seconds": 1})),
+        *(wire("Stopped", {"outcomes": [[1] * 7], "seconds": 1}), wire("Unkilled", {"survivors": [["secret"]]})),
+        *(wire("Unkilled", {"survivors": None}), wire("Unkilled", {"survivors": ["secret"]})),
+    ],
+)
+def test_garbage_is_refused_without_a_word_of_it_in_the_error(garbage: bytes) -> None:
+    with pytest.raises(MessageError) as caught:
+        decode(garbage)
+    assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+def test_every_cut_of_a_message_is_refused() -> None:
+    whole = encode(EACH[0])
+    for end in range(len(whole)):
+        with pytest.raises(MessageError):
+            decode(whole[:end])

@@ -21,16 +21,19 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
+    from harness.watchdog.log import Log
+
 _MESSAGE_BYTES = 1 << 16
 
 
-def run(launch: Launch, control: socket.socket, watchdog: int, *, crash_grace_s: float) -> NoReturn:
+def run(launch: Launch, control: socket.socket, watchdog: int, log: Log, *, crash_grace_s: float) -> NoReturn:
     """Keep one server until nothing of it is left. Every signal is blocked when this is called."""
     try:
         wakeup = _isolate(control)
         _Keeper(launch, control, wakeup, watchdog, min(launch.grace_s, crash_grace_s)).run()
-    finally:
-        os._exit(1)
+    except BaseException as error:  # noqa: BLE001 - whatever it is: the watchdog sweeps what a keeper leaves
+        log.reopened().mistake(error)
+    os._exit(1)
 
 
 def _isolate(control: socket.socket) -> int:

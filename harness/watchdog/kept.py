@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from harness import messages, procfs, templates
 from harness.watchdog import keeper, spawn
@@ -14,6 +14,9 @@ from harness.watchdog.ports import PortHolds
 if TYPE_CHECKING:
     from harness.messages import Launch
 
+if TYPE_CHECKING:
+    from harness.watchdog.log import Log
+
 _MESSAGE_BYTES = 1 << 16
 _UNSENDABLE = (ProcessLookupError, PermissionError)
 
@@ -21,7 +24,7 @@ _UNSENDABLE = (ProcessLookupError, PermissionError)
 class Kept:
     """One server that has a keeper."""
 
-    def __init__(self, key: int, launch: Launch, *, crash_grace_s: float) -> None:
+    def __init__(self, key: int, launch: Launch, log: Log, *, crash_grace_s: float) -> None:
         """Hold the ports and fork the keeper; raises OSError, with nothing held, if that fails."""
         self.key = key
         self.name = launch.name
@@ -33,7 +36,7 @@ class Kept:
         self.is_hung_up = False
         self._asks_root = launch.ask == "root"
         try:
-            self.control, self.pid = _fork(_filled(launch, self.ports), crash_grace_s)
+            self.control, self.pid = _fork(_filled(launch, self.ports), log, crash_grace_s)
         except OSError:
             self._holds.close()
             raise
@@ -104,7 +107,7 @@ def _filled(launch: Launch, ports: dict[str, int]) -> Launch:
     return launch._replace(command=command, environment=environment)
 
 
-def _fork(launch: Launch, crash_grace_s: float) -> tuple[socket.socket, int]:
+def _fork(launch: Launch, log: Log, crash_grace_s: float) -> tuple[socket.socket, int]:
     watchdog = os.getpid()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # Until the child has its own handlers, a signal to it would be written into the watchdog's wake-up pipe.
@@ -112,7 +115,7 @@ def _fork(launch: Launch, crash_grace_s: float) -> tuple[socket.socket, int]:
     try:
         pid = os.fork()
         if pid == 0:
-            _enter_keeper(launch, theirs, watchdog, crash_grace_s)
+            keeper.run(launch, theirs, watchdog, log, crash_grace_s=crash_grace_s)
     except OSError:
         ours.close()
         raise
@@ -120,7 +123,3 @@ def _fork(launch: Launch, crash_grace_s: float) -> tuple[socket.socket, int]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
     return ours, pid
-
-
-def _enter_keeper(launch: Launch, control: socket.socket, watchdog: int, crash_grace_s: float) -> NoReturn:
-    keeper.run(launch, control, watchdog, crash_grace_s=crash_grace_s)

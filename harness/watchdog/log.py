@@ -14,6 +14,10 @@ class Log:
         self._path = path
         self._descriptor: int | None = None
 
+    def reopened(self) -> Log:
+        """Give a log of the same file for a forked child, which has closed this one's descriptor."""
+        return Log(self._path)
+
     def write(self, text: str) -> None:
         """Append a line; a full disk or a missing directory must not disturb the watchdog."""
         try:

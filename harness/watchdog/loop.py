@@ -223,7 +223,7 @@ class Loop:
 
     def _spawn(self, effect: events.Spawn) -> None:
         try:
-            kept = Kept(effect.key, effect.launch, crash_grace_s=self._crash_grace_s)
+            kept = Kept(effect.key, effect.launch, self._log, crash_grace_s=self._crash_grace_s)
         except OSError as error:
             self._tell(events.LaunchFailed(effect.key, f"{effect.launch.name!r}: cannot launch: {error.strerror}"))
             return

@@ -1,0 +1,88 @@
+"""An exception may strike the test process anywhere (Ctrl-C, pytest-timeout's SIGALRM): nothing may be lost by it."""
+
+from __future__ import annotations
+
+import random
+import signal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+from faults.runs import Watched
+
+import harness
+from harness import procfs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+# Each trial is interrupted at another instant of the few milliseconds that a request takes.
+TRIALS = 150
+
+
+class Interrupt(BaseException):
+    """What the handler raises, as KeyboardInterrupt is raised."""
+
+
+@pytest.fixture
+def watchdog(tmp_path: Path) -> Iterator[harness.Watchdog]:
+    with harness.Watchdog(state_dir=tmp_path / "state") as owner:
+        owner.launch(["true"])  # from here on a request takes as long as it always does
+        yield owner
+
+
+@contextmanager
+def interrupted_after(seconds: float) -> Iterator[None]:
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise Interrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def test_an_interrupted_launch_leaves_no_server_that_nobody_holds(watchdog: harness.Watchdog) -> None:
+    chance = random.Random(7)  # noqa: S311 - no secret
+    interrupts = 0
+    for _ in range(TRIALS):
+        known = len(watchdog.servers)
+        server = None
+        try:
+            with interrupted_after(chance.uniform(0.00002, 0.012)):
+                server = watchdog.launch(["sleep", "1000"])
+        except Interrupt:
+            interrupts += 1
+        if server is not None or len(watchdog.servers) > known:
+            watchdog.servers[-1].kill()
+        # An answer to a later request: whatever was ordered before has been carried out.
+        assert watchdog.launch(["true"]).wait(timeout_s=30).how == "exited"
+        assert processes_of(watchdog) == []
+    assert 0 < interrupts < TRIALS
+
+
+def processes_of(watchdog: harness.Watchdog) -> list[str]:
+    """Give what the servers of a watchdog run: of what it and its keepers have below them, what has executed a program."""
+    lines = [procfs.command_line(pid) for pid in procfs.descendants(watchdog.pid or 0)]
+    return [line for line in lines if line.startswith("sleep")]
+
+
+def test_an_interrupted_stop_goes_on_and_can_be_waited_for_again(watchdog: harness.Watchdog) -> None:
+    chance = random.Random(7)  # noqa: S311 - no secret
+    for _ in range(TRIALS // 5):
+        group = watchdog.group()
+        for _ in range(3):
+            group.launch(["sleep", "1000"])
+        with Watched([server.pid for server in group.servers]) as watched:
+            try:
+                with interrupted_after(chance.uniform(0.00002, 0.006)):
+                    group.stop()
+            except Interrupt:
+                pass
+            report = group.stop()
+            assert watched.alive() == []
+        assert {outcome.how for outcome in report.outcomes} == {"asked"}

@@ -114,6 +114,9 @@ class Channel:
             seen = self._socket.recv(_PEEK_BYTES, socket.MSG_PEEK)
         except BlockingIOError:
             return
+        except ConnectionResetError:
+            # It ended with a request unread: the kernel says so once, before it gives the last replies.
+            return
         if not seen:
             raise ChannelClosed
         chunks, used = frames.parse(seen)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import logs, messages, procfs, specs, state_dir
 from harness.errors import HarnessError, LaunchFailed, SpecError
+from harness.forking import WatchdogProcess
 from harness.group import ServerGroup
 from harness.launching import Launcher
 from harness.link import Link
@@ -17,7 +19,7 @@ from harness.outcomes import StopReport, outcome_of
 from harness.server import Server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from types import TracebackType
 
     from harness.specs import StrPath
@@ -32,8 +34,7 @@ class Watchdog(Launcher):
     the watchdog asks every server to exit, kills what is left after `crash_grace_s` (at most), and ends.
 
     `state_dir`: see the README, "State". `log_dir`: where servers' logs are kept; by default they are in the state
-    directory and are removed a day after this process has ended. `controller`: the pid of this process's parent, if its
-    end is to be taken as the end of this process (pytest-xdist's controller). Raises SpecError for a wrong argument.
+    directory and are removed a day after this process has ended. Raises SpecError for a wrong argument.
     """
 
     def __init__(
@@ -42,13 +43,11 @@ class Watchdog(Launcher):
         state_dir: StrPath | None = None,
         log_dir: StrPath | None = None,
         crash_grace_s: float = DEFAULT_CRASH_GRACE_S,
-        controller: int | None = None,
     ) -> None:
         """Take the options; nothing is started yet."""
         self._given_state_dir = None if state_dir is None else specs.text(state_dir, "state_dir")
         self._given_log_dir = None if log_dir is None else Path(specs.text(log_dir, "log_dir")).absolute()
         self._crash_grace_s = specs.seconds(crash_grace_s, "crash_grace_s")
-        self._controller = controller
         self._link: Link | None = None
         self._log_dir = Path()
         self._lock = threading.Lock()
@@ -65,11 +64,14 @@ class Watchdog(Launcher):
         Raises PlatformNotSupported where the platform lacks something, HarnessError for a bad state directory.
         """
         if self._link is None:
-            directory = state_dir.find(self._given_state_dir)
-            state_dir.prune(directory)
-            run = state_dir.run_dir(directory)
-            self._log_dir = self._given_log_dir or run
-            self._link = Link(run / "watchdog.log", crash_grace_s=self._crash_grace_s, controller=self._controller)
+            run = state_dir.new_run(self._given_state_dir)
+            self.attach(WatchdogProcess(run / "watchdog.log", crash_grace_s=self._crash_grace_s), run)
+        return self
+
+    def attach(self, process: WatchdogProcess, run: Path) -> Watchdog:
+        """Use a watchdog process that has been forked already, with its directory; for the plugin."""
+        self._log_dir = self._given_log_dir or run
+        self._link = Link(process)
         return self
 
     def _started(self) -> Link:
@@ -93,8 +95,8 @@ class Watchdog(Launcher):
         with self._lock:
             return tuple(self._servers)
 
-    def launch_spec(self, spec: specs.ServerSpec) -> Server:
-        """Start a server that has been checked; for `launch` only."""
+    def launch_spec(self, spec: specs.ServerSpec, register: Callable[[Server], None] | None = None) -> Server:
+        """Start a server that has been checked; for `launch`, and for groups, which register it."""
         link = self._started()
         name = spec.name if spec.name is not None else f"{Path(spec.command[0]).name}-{next(self._names)}"
         log_path = self._new_log(name)
@@ -110,24 +112,41 @@ class Watchdog(Launcher):
             ask=spec.ask,
             grace_s=spec.grace_s,
         )
-        link.longest_grace_s = max(link.longest_grace_s, spec.grace_s)
         try:
-            launched = link.launch(request)
+            return self._launch(link, request, replace(spec, name=name), log_path, register)
         except LaunchFailed:
             log_path.unlink(missing_ok=True)
             raise
-        return self._add(Server(link, launched, spec, name=name, log_path=log_path))
+
+    def _launch(
+        self,
+        link: Link,
+        request: messages.Launch | messages.Adopt,
+        spec: specs.ServerSpec,
+        log_path: Path,
+        register: Callable[[Server], None] | None = None,
+    ) -> Server:
+        link.longest_grace_s = max(link.longest_grace_s, spec.grace_s)
+        key = link.new_key()
+        try:
+            server = Server(link, link.launch(key, request), spec, log_path=log_path)
+            with self._lock:
+                self._servers.append(server)
+            if register is not None:
+                register(server)
+        except HarnessError:
+            raise
+        except BaseException:
+            link.abandon(key)  # Ctrl-C, or pytest-timeout's SIGALRM
+            raise
+        else:
+            return server
 
     def _new_log(self, name: str) -> Path:
         try:
             return logs.new_path(self._log_dir, name)
         except OSError as error:
             raise SpecError(f"cannot make the log directory {self._log_dir}: {error.strerror}") from None
-
-    def _add(self, server: Server) -> Server:
-        with self._lock:
-            self._servers.append(server)
-        return server
 
     def adopt(self, pid: int, *, name: str | None = None, grace_s: float = specs.DEFAULT_GRACE_S) -> Server:
         """Own a process that this process started itself: it is stopped like a server, also after a crash.
@@ -139,13 +158,12 @@ class Watchdog(Launcher):
         checked = specs.seconds(grace_s, "grace_s")
         found = self._own_descendant(link, pid)
         chosen = specs.name(name) if name is not None else f"adopted-{pid}"
-        link.longest_grace_s = max(link.longest_grace_s, checked)
+        spec = specs.ServerSpec(name=chosen, grace_s=checked)
+        request = messages.Adopt(chosen, pid, found.start_time, checked)
         try:
-            launched = link.launch(messages.Adopt(chosen, pid, found.start_time, checked))
+            return self._launch(link, request, spec, Path(os.devnull))
         except LaunchFailed as error:
             raise SpecError(str(error)) from None
-        spec = specs.ServerSpec(name=chosen, grace_s=checked)
-        return self._add(Server(link, launched, spec, name=chosen, log_path=Path(os.devnull)))
 
     def _own_descendant(self, link: Link, pid: int) -> procfs.Stat:
         if isinstance(pid, bool) or not isinstance(pid, int) or pid <= 0:

@@ -9,7 +9,8 @@ own. So a process that is stopped or interrupted between two system calls never 
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+
+from harness.records import Record
 
 _LENGTH = struct.Struct("!i")
 _HEADER = struct.Struct("!IHH")
@@ -22,7 +23,7 @@ class FrameError(ValueError):
     """The peer sent bytes that are not frames, or more of them than a message may have."""
 
 
-class Chunk(NamedTuple):
+class Chunk(Record):
     """One part of a message: the message's id, which part of how many, and its bytes."""
 
     message_id: int

@@ -11,7 +11,7 @@ from harness.errors import HarnessError, SpecError
 from harness.launching import Launcher
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from harness.outcomes import StopReport
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class _Owner(Protocol):
     """What a group needs of its watchdog."""
 
-    def launch_spec(self, spec: specs.ServerSpec) -> Server: ...
+    def launch_spec(self, spec: specs.ServerSpec, register: Callable[[Server], None]) -> Server: ...
 
     def stop(self, servers: Iterable[Server], *, grace_s: float | None = None) -> StopReport: ...
 
@@ -55,13 +55,11 @@ class ServerGroup(Launcher):
         """Start a server whose name is unique in the group; for `launch` only."""
         name = self._reserve(spec.name)
         try:
-            server = self._owner.launch_spec(replace(spec, name=name))
+            return self._owner.launch_spec(replace(spec, name=name), self._add)
         except BaseException:
             with self._lock:
                 self._names.discard(name)
             raise
-        self._add(server)
-        return server
 
     def _reserve(self, name: str | None) -> str:
         with self._lock:

@@ -3,19 +3,72 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
 from pathlib import Path
 
-_LISTENING = "0A"  # TCP_LISTEN, include/net/tcp_states.h
+# sock_diag(7): a dump of the sockets in one state. /proc/net/tcp tells the same, but walks the whole connection hash of
+# the host for it, which takes some ms.
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_NLM_F_REQUEST_DUMP = 0x301
+_NLMSG_ERROR = 2
+_NLMSG_DONE = 3
+_TCP_LISTEN = 10  # include/net/tcp_states.h
+_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port id
+_REQUEST = struct.Struct("=BBBxI48x")  # struct inet_diag_req_v2: family, protocol, extensions, states, socket id
+_ANSWER = struct.Struct("!4xH62xI")  # struct inet_diag_msg, up to the inode; the source port is in network order
 
 
 def inodes(port: int) -> set[str]:
-    """Give the inodes of all sockets that listen on a TCP port of this network namespace (proc(5), /proc/net/tcp)."""
+    """Give the inodes of all sockets that listen on a TCP port of this network namespace."""
+    try:
+        return {str(inode) for family in (socket.AF_INET, socket.AF_INET6) for inode in _dump(family, port)}
+    except OSError:
+        return _inodes_by_proc(port)
+
+
+def _dump(family: int, port: int) -> list[int]:
+    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 1 << _TCP_LISTEN)
+    header = _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 1, 0)
+    found: list[int] = []
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as diag:
+        diag.settimeout(1.0)
+        diag.send(header + body)
+        while _read_part(diag.recv(1 << 16), port, found):
+            pass
+    return found
+
+
+def _read_part(data: bytes, port: int, found: list[int]) -> bool:
+    at = 0
+    while at < len(data):
+        length, kind, *_ = _HEADER.unpack_from(data, at)
+        if kind == _NLMSG_DONE:
+            return False
+        if kind == _NLMSG_ERROR:
+            raise OSError("the kernel does not answer sock_diag(7)")
+        source_port, inode = _read_socket(data, at + _HEADER.size)
+        if source_port == port:
+            found.append(inode)
+        at += (length + 3) & ~3
+    return True
+
+
+def _read_socket(data: bytes, at: int) -> tuple[int, int]:
+    source_port, _ = _ANSWER.unpack_from(data, at)
+    (inode,) = struct.unpack_from("=I", data, at + _ANSWER.size - 4)
+    return source_port, inode
+
+
+def _inodes_by_proc(port: int) -> set[str]:
     wanted = f":{port:04X}"
+    state = f"{_TCP_LISTEN:02X}"
     found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in _lines(table):
             fields = line.split()
-            if fields[3] == _LISTENING and fields[1].endswith(wanted):
+            if fields[3] == state and fields[1].endswith(wanted):
                 found.add(fields[9])
     return found
 

@@ -8,7 +8,12 @@ id of the request that launched it.
 from __future__ import annotations
 
 import json
-from typing import NamedTuple, TypeAlias
+
+from harness.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeAlias
 
 
 class MessageError(ValueError):
@@ -18,7 +23,7 @@ class MessageError(ValueError):
 # ---- requests: the client asks, the watchdog replies to each exactly once
 
 
-class Launch(NamedTuple):
+class Launch(Record):
     """Start a server. `templated` names the entries of `environment` in which tokens are replaced."""
 
     name: str
@@ -33,7 +38,7 @@ class Launch(NamedTuple):
     grace_s: float
 
 
-class Adopt(NamedTuple):
+class Adopt(Record):
     """Own a process that the test process started itself. `start_time` is field 22 of its /proc/PID/stat."""
 
     name: str
@@ -42,7 +47,7 @@ class Adopt(NamedTuple):
     grace_s: float
 
 
-class Stop(NamedTuple):
+class Stop(Record):
     """Stop servers in parallel; `kill` skips the asking. The reply comes when all are gone."""
 
     keys: list[int]
@@ -50,14 +55,14 @@ class Stop(NamedTuple):
     kill: bool
 
 
-class SendSignal(NamedTuple):
+class SendSignal(Record):
     """Send a signal to the server's root."""
 
     key: int
     signal: int
 
 
-class Wait(NamedTuple):
+class Wait(Record):
     """Reply once the root has exited (`until="exit"`) or the whole tree is gone (`"gone"`), or after `timeout_s`."""
 
     key: int
@@ -65,20 +70,20 @@ class Wait(NamedTuple):
     timeout_s: float
 
 
-class Status(NamedTuple):
+class Status(Record):
     """Reply with the server's status at once."""
 
     key: int
 
 
-class Close(NamedTuple):
+class Close(Record):
     """Stop everything, reply, and end the watchdog."""
 
 
 # ---- replies
 
 
-class Launched(NamedTuple):
+class Launched(Record):
     """The server's root exists."""
 
     key: int
@@ -88,14 +93,14 @@ class Launched(NamedTuple):
     ports: dict[str, int]
 
 
-class Failed(NamedTuple):
+class Failed(Record):
     """The request failed; `error` is the name of an error class."""
 
     error: str
     message: str
 
 
-class Survivor(NamedTuple):
+class Survivor(Record):
     """A process that SIGKILL did not end: its state letter and wait channel are those of proc(5)."""
 
     pid: int
@@ -104,7 +109,7 @@ class Survivor(NamedTuple):
     command: str
 
 
-class Outcome(NamedTuple):
+class Outcome(Record):
     """How one server ended. `how` is exited, asked, killed or unkillable; `returncode` is Popen's, None if unknown."""
 
     key: int
@@ -116,14 +121,14 @@ class Outcome(NamedTuple):
     survivors: list[Survivor]
 
 
-class Stopped(NamedTuple):
+class Stopped(Record):
     """All servers of a Stop or Close are gone, or have been given up as unkillable."""
 
     outcomes: list[Outcome]
     seconds: float
 
 
-class ServerStatus(NamedTuple):
+class ServerStatus(Record):
     """What the watchdog knows of a server now. `root_exited` says whether `returncode` is final."""
 
     key: int
@@ -132,51 +137,51 @@ class ServerStatus(NamedTuple):
     returncode: int | None
 
 
-class Done(NamedTuple):
+class Done(Record):
     """The request was carried out."""
 
 
 # ---- between the watchdog and a keeper
 
 
-class AskOrder(NamedTuple):
+class AskOrder(Record):
     """Stop politely; `root_asked` says that the watchdog has sent SIGTERM to the root already."""
 
     root_asked: bool
 
 
-class KillOrder(NamedTuple):
+class KillOrder(Record):
     """Kill the whole tree now."""
 
 
-class RootStarted(NamedTuple):
+class RootStarted(Record):
     """The root has executed its program."""
 
     pid: int
     start_time: int
 
 
-class RootFailed(NamedTuple):
+class RootFailed(Record):
     """The root could not execute its program, with the reason in words."""
 
     message: str
 
 
-class KillBegun(NamedTuple):
+class KillBegun(Record):
     """The keeper has read the order to kill: it is not hung."""
 
 
-class RootExit(NamedTuple):
+class RootExit(Record):
     """The root has been reaped."""
 
     returncode: int
 
 
-class TreeEmpty(NamedTuple):
+class TreeEmpty(Record):
     """The kernel says that the keeper has no child left."""
 
 
-class Unkilled(NamedTuple):
+class Unkilled(Record):
     """These processes were sent SIGKILL and are still there after the time given to them."""
 
     survivors: list[Survivor]
@@ -201,7 +206,7 @@ _KINDS: dict[str, type[Message]] = {
 
 def encode(message: Message) -> bytes:
     """Give the message's form on the wire."""
-    return json.dumps([type(message).__name__, message._asdict()]).encode()
+    return json.dumps([type(message).__name__, message.as_dict()], default=list).encode()
 
 
 def decode(data: bytes) -> Message:
@@ -216,7 +221,7 @@ def decode(data: bytes) -> Message:
 def _with_nested(message: Message) -> Message:
     if isinstance(message, Stopped):
         outcomes = [Outcome(*fields) for fields in message.outcomes]
-        return message._replace(outcomes=[o._replace(survivors=_survivors(o.survivors)) for o in outcomes])
+        return message.replaced(outcomes=[o.replaced(survivors=_survivors(o.survivors)) for o in outcomes])
     if isinstance(message, Unkilled):
         return Unkilled(_survivors(message.survivors))
     return message

@@ -7,10 +7,11 @@ A pid is a promise of nothing: a process is known by (pid, start time), where th
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+
+from harness.records import Record
 
 
-class Stat(NamedTuple):
+class Stat(Record):
     """Some fields of /proc/PID/stat."""
 
     pid: int

@@ -33,13 +33,12 @@ class Server:
         launched: messages.Launched,
         spec: specs.ServerSpec,
         *,
-        name: str,
         log_path: Path,
     ) -> None:
         """Not for users: a server is made by launching it."""
         self._link = link
         self._launched = launched
-        self.name = name
+        self.name = spec.name or ""
         self.log_path = log_path
         self.ready = spec.ready
         self.ready_timeout_s = spec.ready_timeout_s

@@ -44,10 +44,15 @@ def _default() -> Path:
     return Path(f"/tmp/harness-{os.geteuid()}")  # noqa: S108 - the owner and mode are checked
 
 
-def run_dir(state_dir: Path) -> Path:
-    """Give the directory of this process's run, which is not made yet: named by pid and start time, and so unique."""
+def new_run(given: str | os.PathLike[str] | None = None) -> Path:
+    """Give the directory of this process's run, and remove those of old ones. Raises what `find` raises.
+
+    It is named by pid and start time, and so unique, and is not made yet: a run without servers writes nothing.
+    """
+    directory = find(given)
+    prune(directory)
     found = procfs.stat(os.getpid())
-    return state_dir / "runs" / f"{os.getpid()}-{found.start_time if found else 0}"
+    return directory / "runs" / f"{os.getpid()}-{found.start_time if found else 0}"
 
 
 def prune(state_dir: Path) -> None:

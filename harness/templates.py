@@ -7,13 +7,14 @@ arguments that are JSON are common.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+
+from harness.records import Record
 
 HOST = "127.0.0.1"
 _TOKEN = re.compile(r"\{(?:(port)(?::([^{}]*))?|(host|name|log_dir))\}")
 
 
-class Values(NamedTuple):
+class Values(Record):
     """What the tokens stand for; `ports` has the main port under ""."""
 
     ports: dict[str, int]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import TYPE_CHECKING
 
 from harness.watchdog import events
 from harness.watchdog.adopted import Adopted
 from harness.watchdog.keeper_rules import KILL_LIMIT_S
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

@@ -5,22 +5,25 @@ The loop makes the events and carries out the effects.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from harness.records import Record
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from harness.messages import Adopt, Launch, Reply, Request, Survivor
 
 # ---- events
 
 
-class Requested(NamedTuple):
+class Requested(Record):
     """A request came over the Pipe."""
 
     request_id: int
     request: Request
 
 
-class Started(NamedTuple):
+class Started(Record):
     """A server's root executes its program."""
 
     key: int
@@ -30,62 +33,62 @@ class Started(NamedTuple):
     ports: dict[str, int]
 
 
-class LaunchFailed(NamedTuple):
+class LaunchFailed(Record):
     """A server could not be started; nothing of it is left."""
 
     key: int
     message: str
 
 
-class RootExited(NamedTuple):
+class RootExited(Record):
     """A server's root has exited; `returncode` is None if another process reaped it."""
 
     key: int
     returncode: int | None
 
 
-class TreeGone(NamedTuple):
+class TreeGone(Record):
     """No process of a server is left."""
 
     key: int
 
 
-class KillSeen(NamedTuple):
+class KillSeen(Record):
     """A server's keeper has begun to kill."""
 
     key: int
 
 
-class TreeStuck(NamedTuple):
+class TreeStuck(Record):
     """Processes of a server did not end on SIGKILL."""
 
     key: int
     survivors: list[Survivor]
 
 
-class KeeperLost(NamedTuple):
+class KeeperLost(Record):
     """A server's keeper ended before its tree did."""
 
     key: int
 
 
-class OrphansGone(NamedTuple):
+class OrphansGone(Record):
     """No process that a lost keeper left behind is alive."""
 
 
-class OrphansStuck(NamedTuple):
+class OrphansStuck(Record):
     """Processes that a lost keeper left behind did not end on SIGKILL."""
 
     survivors: list[Survivor]
 
 
-class ClientGone(NamedTuple):
+class ClientGone(Record):
     """The test process has ended, closed the Pipe, or the watchdog was told to end."""
 
     reason: str
 
 
-class Tick(NamedTuple):
+class Tick(Record):
     """A deadline has passed."""
 
 
@@ -107,71 +110,71 @@ Event: TypeAlias = (
 # ---- effects
 
 
-class Spawn(NamedTuple):
+class Spawn(Record):
     """Fork a keeper that starts this server."""
 
     key: int
     launch: Launch
 
 
-class Take(NamedTuple):
+class Take(Record):
     """Begin to watch a process that the test process started."""
 
     key: int
     adopt: Adopt
 
 
-class Ask(NamedTuple):
+class Ask(Record):
     """Ask these servers to exit: first the signal to all, then the rest of the work."""
 
     keys: list[int]
 
 
-class Kill(NamedTuple):
+class Kill(Record):
     """Kill these servers' whole trees."""
 
     keys: list[int]
 
 
-class Signal(NamedTuple):
+class Signal(Record):
     """Send a signal to a server's root."""
 
     key: int
     signal: int
 
 
-class KillKeeper(NamedTuple):
+class KillKeeper(Record):
     """End a keeper that does not answer: its tree is then re-parented to the watchdog."""
 
     key: int
 
 
-class SweepOrphans(NamedTuple):
+class SweepOrphans(Record):
     """Ask, or kill, whatever lost keepers left to the watchdog; tell when none is left."""
 
     kill: bool
 
 
-class Release(NamedTuple):
+class Release(Record):
     """Give back what was held for a server that is gone (its ports)."""
 
     key: int
 
 
-class Answer(NamedTuple):
+class Answer(Record):
     """Send a reply over the Pipe."""
 
     request_id: int
     reply: Reply
 
 
-class Log(NamedTuple):
+class Log(Record):
     """Write a line to the watchdog's log."""
 
     text: str
 
 
-class Leave(NamedTuple):
+class Leave(Record):
     """End the watchdog process."""
 
 

@@ -10,16 +10,17 @@ import os
 import select
 import signal
 import time
-from typing import TYPE_CHECKING, NoReturn
 
-from harness import messages, procfs
+from harness import messages
 from harness.messages import Launch, Unkilled
 from harness.watchdog import keeper_rules as rules
 from harness.watchdog import kernel, spawn, sweep
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
+    from typing import NoReturn
 
     from harness.watchdog.log import Log
 
@@ -27,30 +28,34 @@ _MESSAGE_BYTES = 1 << 16
 
 
 def run(launch: Launch, control: socket.socket, watchdog: int, log: Log, *, crash_grace_s: float) -> NoReturn:
-    """Keep one server until nothing of it is left. Every signal is blocked when this is called."""
+    """Keep one server until nothing of it is left. SIGTERM is blocked when this is called."""
     try:
-        wakeup = _isolate(control)
-        _Keeper(launch, control, wakeup, watchdog, min(launch.grace_s, crash_grace_s)).run()
+        _isolate(control)
+        if os.getppid() != watchdog:
+            os._exit(0)  # the watchdog has died; nothing has been started yet
+        _Keeper(launch, control, watchdog, min(launch.grace_s, crash_grace_s)).run()
     except BaseException as error:  # noqa: BLE001 - whatever it is: the watchdog sweeps what a keeper leaves
         log.reopened().mistake(error)
     os._exit(1)
 
 
-def _isolate(control: socket.socket) -> int:
-    # Another keeper's pipe, the Pipe to the test process or a held port in this process would outlive their owners.
+def _isolate(control: socket.socket) -> None:
+    # Another keeper's socket, the Pipe to the test process or a held port in this process would outlive their owners.
     os.setsid()
     kernel.become_subreaper()
-    kernel.set_name("harness-keeper")
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, _wake)
     signal.set_wakeup_fd(-1)
     close_all_but({0, 1, 2, control.fileno()})
+
+
+def _wakeup() -> int:
+    # SIGINT and SIGHUP are ignored, and SIGCHLD is handled, as in the watchdog.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     read_end, write_end = os.pipe()
     os.set_blocking(read_end, False)
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    kernel.set_name("harness-keeper")
     return read_end
 
 
@@ -64,28 +69,15 @@ def close_all_but(kept: set[int]) -> None:
                 continue  # the one that listed the directory
 
 
-def _wake(_signal: int, _frame: object) -> None:
-    """Do nothing: the wake-up pipe tells the loop."""
-
-
 class _Keeper:
-    def __init__(
-        self, launch: Launch, control: socket.socket, wakeup: int, watchdog: int, crash_grace_s: float
-    ) -> None:
+    def __init__(self, launch: Launch, control: socket.socket, watchdog: int, crash_grace_s: float) -> None:
         self._launch = launch
         self._control = control
-        self._wakeup = wakeup
         self._rules = rules.KeeperRules(crash_grace_s=crash_grace_s)
         self._sweeper = sweep.Sweeper()
         self._asked: set[int] = set()
-        self._root: spawn.Root | None = None
         self._poll = select.poll()
         self._sources: dict[int, Callable[[], None]] = {}
-        self._watch(wakeup, self._reap)
-        self._watch(control.fileno(), self._read_order)
-        self._watch(os.pidfd_open(watchdog), self._lose_watchdog)
-        if os.getppid() != watchdog:
-            os._exit(0)  # the watchdog died before its pidfd was opened; nothing has been started yet
         self._do: dict[type[rules.Effect], Callable[[], None]] = {
             rules.AskRoot: self._ask_root,
             rules.AskTop: self._ask_top,
@@ -93,9 +85,14 @@ class _Keeper:
             rules.TellUnkilled: self._tell_unkilled,
             rules.Leave: _leave,
         }
+        # The rest is done while the root executes its program.
+        self._root = self._start()
+        self._wakeup = _wakeup()
+        self._watch(self._wakeup, self._reap)
+        self._watch(control.fileno(), self._read_order)
+        self._watch_watchdog(watchdog)
 
     def run(self) -> NoReturn:
-        self._start()
         while True:
             for descriptor, _ in self._poll.poll(self._timeout_ms()):
                 source = self._sources.get(descriptor)
@@ -126,26 +123,32 @@ class _Keeper:
 
     # ---- sources of events
 
-    def _start(self) -> None:
+    def _start(self) -> spawn.Root:
         try:
-            self._root = spawn.fork_root(self._launch)
+            root = spawn.fork_root(self._launch)
         except OSError as error:
             self._handle(rules.RootDown(f"cannot fork: {error.strerror}"))
-            self._handle(rules.Reaped(None, is_empty=True))
-        else:
-            self._watch(self._root.failure_pipe, self._see_start)
+            self._handle(rules.Reaped(None, is_empty=True))  # this ends the keeper
+            raise
+        self._watch(root.failure_pipe, self._see_start)
+        return root
+
+    def _watch_watchdog(self, watchdog: int) -> None:
+        try:
+            self._watch(os.pidfd_open(watchdog), self._lose_watchdog)
+        except ProcessLookupError:
+            self._lose_watchdog()
+        if os.getppid() != watchdog:
+            self._lose_watchdog()  # it died before its pidfd was opened
 
     def _see_start(self) -> None:
         root = self._root
-        if root is None:
-            return
         self._forget(root.failure_pipe)
         failure = spawn.read_failure(root)
-        found = procfs.stat(root.pid)
         if failure is not None:
             self._handle(rules.RootDown(failure))
         else:
-            self._handle(rules.RootUp(root.pid, found.start_time if found else 0))
+            self._handle(rules.RootUp(root.pid, root.start_time))
         self._reap()
 
     def _read_order(self) -> None:
@@ -169,7 +172,7 @@ class _Keeper:
     def _reap(self) -> None:
         _drain(self._wakeup)
         root = self._root
-        if root is None or root.failure_pipe in self._sources:
+        if root.failure_pipe in self._sources:
             return  # whether the program was executed is told first
         returncode: int | None = None
         is_empty = has_reaped = False
@@ -198,8 +201,6 @@ class _Keeper:
             return  # the watchdog has died; its pidfd says so as well
 
     def _ask_root(self) -> None:
-        if self._root is None:
-            return
         self._asked.add(self._root.pid)
         try:
             if self._launch.ask == "group":

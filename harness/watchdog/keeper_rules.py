@@ -6,8 +6,6 @@ Whatever happens the keeper ends only when the kernel says that it has no child 
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
-
 from harness.messages import (
     KillBegun,
     KillOrder,
@@ -18,6 +16,11 @@ from harness.messages import (
     RootStarted,
     TreeEmpty,
 )
+from harness.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeAlias
 
 KILL_LIMIT_S = 5.0
 # The pause between two sweeps that change nothing: at first short, since a killed process is mostly gone in 1 ms.
@@ -28,44 +31,44 @@ LONGEST_PAUSE_S = 0.25
 # ---- events
 
 
-class Ordered(NamedTuple):
+class Ordered(Record):
     """The watchdog gave an order."""
 
     order: Order
 
 
-class RootUp(NamedTuple):
+class RootUp(Record):
     """The root has executed its program."""
 
     pid: int
     start_time: int
 
 
-class RootDown(NamedTuple):
+class RootDown(Record):
     """The root could not execute its program."""
 
     message: str
 
 
-class Reaped(NamedTuple):
+class Reaped(Record):
     """Children were reaped. `returncode` is the root's if it was among them; `is_empty`: the kernel says ECHILD."""
 
     returncode: int | None
     is_empty: bool
 
 
-class WatchdogGone(NamedTuple):
+class WatchdogGone(Record):
     """The watchdog has died."""
 
 
-class Swept(NamedTuple):
+class Swept(Record):
     """One sweep is done; `is_new` says that it met a process that had not been sent SIGKILL before."""
 
     is_new: bool
     alive: int
 
 
-class Tick(NamedTuple):
+class Tick(Record):
     """The deadline has passed."""
 
 
@@ -75,29 +78,29 @@ Event: TypeAlias = Ordered | RootUp | RootDown | Reaped | WatchdogGone | Swept |
 # ---- effects
 
 
-class AskRoot(NamedTuple):
+class AskRoot(Record):
     """Send SIGTERM to the root, or to its process group where the launch said so."""
 
 
-class AskTop(NamedTuple):
+class AskTop(Record):
     """Send SIGTERM to each process at the top of what the root left, once."""
 
 
-class Sweep(NamedTuple):
+class Sweep(Record):
     """Send SIGKILL to every process of the tree that is there now."""
 
 
-class Tell(NamedTuple):
+class Tell(Record):
     """Send a report to the watchdog."""
 
     report: Report
 
 
-class TellUnkilled(NamedTuple):
+class TellUnkilled(Record):
     """Report every process of the tree that is still alive."""
 
 
-class Leave(NamedTuple):
+class Leave(Record):
     """End the keeper."""
 
 

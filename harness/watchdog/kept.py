@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from typing import TYPE_CHECKING
 
 from harness import messages, procfs, templates
-from harness.watchdog import keeper, spawn
+from harness.watchdog import keeper
 from harness.watchdog.ports import PortHolds
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from harness.messages import Launch
 
@@ -47,6 +47,9 @@ class Kept:
             data = self.control.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
+        except ConnectionResetError:
+            # It ended with an order unread: the kernel says so once, before it gives the keeper's last reports.
+            return self.read()
         except OSError:
             data = b""
         self.is_hung_up = not data
@@ -104,14 +107,14 @@ def _filled(launch: Launch, ports: dict[str, int]) -> Launch:
     for name in launch.templated:
         environment[name] = templates.fill(environment[name], values)
     command = [templates.fill(argument, values) for argument in launch.command]
-    return launch._replace(command=command, environment=environment)
+    return launch.replaced(command=command, environment=environment)
 
 
 def _fork(launch: Launch, log: Log, crash_grace_s: float) -> tuple[socket.socket, int]:
     watchdog = os.getpid()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    # Until the child has its own handlers, a signal to it would be written into the watchdog's wake-up pipe.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, spawn.EVERY_SIGNAL)
+    # Until the child ignores it, SIGTERM to it would be taken for one to the watchdog: they share the wake-up pipe.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         pid = os.fork()
         if pid == 0:
@@ -120,6 +123,6 @@ def _fork(launch: Launch, log: Log, crash_grace_s: float) -> tuple[socket.socket
         ours.close()
         raise
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         theirs.close()
     return ours, pid

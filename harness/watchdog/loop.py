@@ -9,19 +9,20 @@ import os
 import select
 import signal
 import time
-from typing import TYPE_CHECKING, NoReturn
 
 from harness import messages
 from harness.frames import FrameError
 from harness.watchdog import events
 from harness.watchdog.adopting import Adopting
-from harness.watchdog.kept import Kept
 from harness.watchdog.orphans import Orphans
 from harness.watchdog.supervisor import Supervisor
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import NoReturn
 
+    from harness.watchdog.kept import Kept
     from harness.watchdog.log import Log
     from harness.watchdog.pipe import PipeEnd
 
@@ -222,6 +223,9 @@ class Loop:
     # ---- effects
 
     def _spawn(self, effect: events.Spawn) -> None:
+        # Idle watchdogs are many, and need no sockets: the first launch imports what all launches need.
+        from harness.watchdog.kept import Kept  # noqa: PLC0415 - see above
+
         try:
             kept = Kept(effect.key, effect.launch, self._log, crash_grace_s=self._crash_grace_s)
         except OSError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from typing import NoReturn, TypedDict
 
 from harness import procfs
 from harness.watchdog import kernel
@@ -13,18 +12,21 @@ from harness.watchdog.log import Log
 from harness.watchdog.loop import Loop
 from harness.watchdog.pipe import PipeEnd
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn, TypedDict
 
-class Config(TypedDict):
-    """What the client gives: the Pipe's file descriptor, its own pid, the crash grace in seconds, a log path.
+    class Config(TypedDict):
+        """What the client gives: the Pipe's file descriptor, its own pid, the crash grace in seconds, a log path.
 
-    `controller` is the pid of its parent if this must not outlive it either (pytest-xdist's controller), else None.
-    """
+        `controller` is the pid of its parent if this must not outlive it either (pytest-xdist's controller), else None.
+        """
 
-    pipe: int
-    client: int
-    controller: int | None
-    crash_grace_s: float
-    log: str
+        pipe: int
+        client: int
+        controller: int | None
+        crash_grace_s: float
+        log: str
 
 
 def main(config: Config) -> NoReturn:

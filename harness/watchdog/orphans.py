@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
 
 from harness import procfs
 from harness.watchdog import events, sweep
 from harness.watchdog.keeper_rules import FIRST_PAUSE_S, KILL_LIMIT_S, LONGEST_PAUSE_S
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

@@ -9,22 +9,26 @@ from __future__ import annotations
 import os
 import select
 import signal
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from harness import procfs
+from harness.records import Record
 from harness.watchdog import kernel
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from harness.messages import Launch
 
-EVERY_SIGNAL = signal.valid_signals()
 # Dispositions that are "ignore" survive execve: the watchdog's and Python's own must not reach the server.
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ)
 
 
-class Root(NamedTuple):
-    """A root that was forked: its pid, and the pipe that says whether its program was executed."""
+class Root(Record):
+    """A root that was forked: its pid and start time, and the pipe that says whether its program was executed."""
 
     pid: int
+    start_time: int
     failure_pipe: int
 
 
@@ -32,15 +36,14 @@ def fork_root(launch: Launch) -> Root:
     """Fork the root; raises OSError if that fails."""
     keeper = os.getpid()
     read_end, write_end = os.pipe()
-    everything = signal.pthread_sigmask(signal.SIG_BLOCK, EVERY_SIGNAL)
     try:
         pid = os.fork()
         if pid == 0:
             _execute(launch, keeper, write_end)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, everything)
         os.close(write_end)
-    return Root(pid, read_end)
+    found = procfs.stat(pid)  # it cannot be reaped, and so its number not be given away, before this process does it
+    return Root(pid, found.start_time if found else 0, read_end)
 
 
 def read_failure(root: Root) -> str | None:

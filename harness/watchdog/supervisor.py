@@ -6,8 +6,6 @@ a request is decided here, exactly once for each.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from harness.messages import (
     Adopt,
     Close,
@@ -29,6 +27,7 @@ from harness.messages import (
 from harness.watchdog import events
 from harness.watchdog.phases import Phase, Sign, after
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from harness.watchdog.events import Effect, Event
 

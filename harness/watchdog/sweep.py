@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING, NamedTuple
 
 from harness import procfs
 from harness.messages import Survivor
+from harness.records import Record
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class Round(NamedTuple):
+class Round(Record):
     """What one sweep met."""
 
     is_new: bool

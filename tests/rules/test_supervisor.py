@@ -301,14 +301,14 @@ def test_a_kill_during_the_grace_kills_at_once() -> None:
     driven.stop(key, kill=True)
     assert driven.latest == []
     driven.at(1.5).tell(events.TreeGone(key))
-    assert driven.stopped(first).outcomes[0][3:6] == ("killed", None, 1.5)
+    assert list(driven.stopped(first).outcomes[0])[3:6] == ["killed", None, 1.5]
 
 
 def test_a_kill_without_an_ask_is_timed_from_the_order() -> None:
     driven = Driven()
     kill = driven.at(1.0).stop(driven.running(), kill=True)
     driven.at(1.5).tell(events.TreeGone(1))
-    assert driven.stopped(kill).outcomes[0][3:6] == ("killed", None, 0.5)
+    assert list(driven.stopped(kill).outcomes[0])[3:6] == ["killed", None, 0.5]
 
 
 def test_a_server_that_ends_before_its_deadline_is_not_killed() -> None:

@@ -1,0 +1,181 @@
+"""Forks the watchdog process, and ends it. Little is imported here: this runs in every pytest process.
+
+The fork is multiprocessing's; the child then executes `watchdog/boot.py`. Between the two, `_become_watchdog` is the
+only code that runs in the watchdog process without living in `watchdog/`: it is still the test process's image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import multiprocessing
+import multiprocessing.process
+import multiprocessing.util
+import os
+import select
+import signal
+import sys
+import warnings
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from harness import platform
+from harness.errors import HarnessError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.context import ForkProcess
+
+_BOOT = Path(__file__).with_name("watchdog") / "boot.py"
+
+_processes: weakref.WeakSet[WatchdogProcess] = weakref.WeakSet()
+
+
+class WatchdogProcess:
+    """One watchdog process, a child of this process."""
+
+    def __init__(self, log_path: Path, *, crash_grace_s: float, controller: int | None = None) -> None:
+        """Fork the watchdog; raises PlatformNotSupported or HarnessError if that cannot be done here."""
+        platform.check()
+        self.owner = os.getpid()
+        self.crash_grace_s = crash_grace_s
+        config: dict[str, object] = {
+            "client": self.owner,
+            "controller": controller,
+            "crash_grace_s": crash_grace_s,
+            "log": str(log_path),
+        }
+        self._process, self.descriptor = _fork(config)
+        self.pid = self._process.pid or 0
+        # Readable once the watchdog has ended; no reused pid can deceive.
+        self.pidfd = os.pidfd_open(self.pid)
+        self.close: Callable[[], None] = self.end
+        """What ends this process in an orderly way; whoever launches servers through it sets another."""
+        _processes.add(self)
+        # Runs before multiprocessing ends its daemon processes at exit, and in pytest-xdist's workers as well.
+        self._at_exit = multiprocessing.util.Finalize(None, self._close_at_exit, exitpriority=100)
+
+    @property
+    def exitcode(self) -> int | None:
+        """Give its exit code, None while it runs."""
+        return self._process.exitcode
+
+    def has_ended(self, timeout_s: float = 0.0) -> bool:
+        """Say whether it has ended, waiting for that at most `timeout_s`."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
+
+    def _close_at_exit(self) -> None:
+        self.close()
+
+    def end(self, timeout_s: float = 0.0) -> None:
+        """Give it a time to end by itself, kill it if it does not, and reap it."""
+        if self._at_exit.still_active() and self.owner == os.getpid():
+            self._at_exit.cancel()
+            if not self.has_ended(timeout_s):
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            self._process.join()
+            os.close(self.pidfd)
+            if self.descriptor >= 0:
+                os.close(self.descriptor)
+                self.descriptor = -1
+
+    def take_descriptor(self) -> int:
+        """Give the client's end of the Pipe away; the taker closes it."""
+        descriptor, self.descriptor = self.descriptor, -1
+        return descriptor
+
+    def forget_in_child(self) -> None:
+        """In a forked child: keep multiprocessing from ending the watchdog when the child exits."""
+        if not self._at_exit.still_active():
+            return
+        os.close(self.pidfd)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        # At its exit a child that was made by os.fork sends SIGTERM to every daemon process of its parent that is in
+        # here, and there is no public way out.
+        multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+def _forget_processes() -> None:
+    for process in list(_processes):
+        process.forget_in_child()
+
+
+os.register_at_fork(after_in_child=_forget_processes)
+
+
+def _fork(config: dict[str, object]) -> tuple[ForkProcess, int]:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    arguments = (theirs.fileno(), config)
+    process = context.Process(target=_become_watchdog, args=arguments, name="harness-watchdog", daemon=True)
+    # Until the child has let go of this process's handlers, a Ctrl-C would run them in it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        with warnings.catch_warnings():
+            # Python 3.12 warns of every fork in a process with threads (a pytest-xdist worker has some): a lock that
+            # one of them holds stays locked in the child. This child takes none: it executes another program.
+            warnings.filterwarnings("ignore", message=".*multi-threaded", category=DeprecationWarning)
+            process.start()
+        return process, os.dup(ours.fileno())
+    except (OSError, AssertionError) as error:
+        raise HarnessError(f"cannot fork the watchdog: {error}") from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        ours.close()
+        theirs.close()
+
+
+def _become_watchdog(pipe: int, config: dict[str, object]) -> NoReturn:
+    """Run in the forked child: keep nothing of the test process, and execute the watchdog's program."""
+    try:
+        os.setsid()
+        pipe = fcntl.fcntl(pipe, fcntl.F_DUPFD, 3)
+        _close_all_but(pipe)
+        _reset_signals()
+        program = [sys.executable, *_flags(), str(_BOOT), json.dumps({"pipe": pipe, **config})]
+        os.execv(program[0], program)  # noqa: S606 - no shell is wanted
+    except BaseException as error:  # noqa: BLE001 - whatever it is, this child must end here and say why
+        from harness import frames, messages  # noqa: PLC0415 - needed here only
+
+        words = messages.Failed("WatchdogDied", f"cannot execute {sys.executable}: {error}")
+        for frame in frames.split(0, messages.encode(words)):
+            os.write(pipe, frame)
+    os._exit(127)
+
+
+def _flags() -> list[str]:
+    # -S skips site: no .pth file of the test process's environment runs, and it starts in half the time. Coverage
+    # measures other processes by a .pth file of its own.
+    is_measured = "COVERAGE_PROCESS_START" in os.environ or "COVERAGE_PROCESS_CONFIG" in os.environ
+    flags = ["-I"] if is_measured else ["-I", "-S"]
+    # Names and texts must be encoded as the test process decoded them.
+    return [*flags, "-X", f"utf8={sys.flags.utf8_mode}"]
+
+
+def _close_all_but(kept: int) -> None:
+    # A descriptor left open here keeps `pytest | cat` from ending and xdist from seeing a dead worker, and, if it is
+    # one of /dev/nvidia*, keeps a dead test process's GPU memory allocated.
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(nothing, standard)
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) != kept:  # noqa: PLR2004 - 0, 1 and 2 are the standard streams
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+
+
+def _reset_signals() -> None:
+    # execve resets handlers, but keeps what is ignored and what is blocked.
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        with contextlib.suppress(OSError, ValueError):
+            if signal.getsignal(number) is not None:
+                signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -69,7 +69,10 @@ class WatchdogProcess:
         return bool(poll.poll(timeout_s * 1000))
 
     def _close_at_exit(self) -> None:
-        self.close()
+        try:
+            self.close()
+        except HarnessError as error:
+            sys.stderr.write(f"harness: {error}\n")  # there is nobody left to raise it to
 
     def end(self, timeout_s: float = 0.0) -> None:
         """Give it a time to end by itself, kill it if it does not, and reap it."""

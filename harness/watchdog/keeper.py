@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
+import struct
 import time
 
 from harness import messages
@@ -18,13 +20,13 @@ from harness.watchdog import kernel, spawn, sweep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
     from typing import NoReturn
 
     from harness.watchdog.log import Log
 
 _MESSAGE_BYTES = 1 << 16
+_INT = struct.Struct("i")
 
 
 def run(launch: Launch, control: socket.socket, watchdog: int, log: Log, *, crash_grace_s: float) -> NoReturn:
@@ -148,7 +150,8 @@ class _Keeper:
         if failure is not None:
             self._handle(rules.RootDown(failure))
         else:
-            self._handle(rules.RootUp(root.pid, root.start_time))
+            self._handle(rules.RootUp(root.pid))
+            os.close(root.pidfd)
         self._reap()
 
     def _read_order(self) -> None:
@@ -159,7 +162,7 @@ class _Keeper:
         if not data:
             self._lose_watchdog()
             return
-        order = messages.decode(data)
+        order = messages.unpack(data)
         if isinstance(order, (messages.AskOrder, messages.KillOrder)):
             self._handle(rules.Ordered(order))
 
@@ -196,7 +199,12 @@ class _Keeper:
 
     def _tell(self, report: messages.Report) -> None:
         try:
-            self._control.send(messages.encode(report))
+            if isinstance(report, messages.RootStarted):
+                # With the number goes the process itself: the number may be given away before it is read.
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, _INT.pack(self._root.pidfd))
+                self._control.sendmsg([messages.pack(report)], [rights])
+            else:
+                self._control.send(messages.pack(report))
         except OSError:
             return  # the watchdog has died; its pidfd says so as well
 

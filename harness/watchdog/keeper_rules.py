@@ -41,7 +41,6 @@ class RootUp(Record):
     """The root has executed its program."""
 
     pid: int
-    start_time: int
 
 
 class RootDown(Record):
@@ -150,7 +149,7 @@ class KeeperRules:
 
     def _on_root_up(self, event: RootUp) -> list[Effect]:
         self._root_is_up = True
-        told: list[Effect] = [Tell(RootStarted(event.pid, event.start_time))]
+        told: list[Effect] = [Tell(RootStarted(event.pid))]
         return told + (self._ask() if self._is_asking else [])
 
     def _ask(self) -> list[Effect]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
+import struct
 
 from harness import messages, procfs, templates
 from harness.watchdog import keeper
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from harness.watchdog.log import Log
 
 _MESSAGE_BYTES = 1 << 16
+_INT = struct.Struct("i")
+_RIGHTS_BYTES = socket.CMSG_SPACE(_INT.size)
 _UNSENDABLE = (ProcessLookupError, PermissionError)
 
 
@@ -44,36 +48,39 @@ class Kept:
     def read(self) -> messages.Message | None:
         """Read one report; None if there is none now, or (`is_hung_up`) will be none any more."""
         try:
-            data = self.control.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
+            data, rights, _, _ = self.control.recvmsg(_MESSAGE_BYTES, _RIGHTS_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
         except ConnectionResetError:
             # It ended with an order unread: the kernel says so once, before it gives the keeper's last reports.
             return self.read()
         except OSError:
-            data = b""
+            data, rights = b"", []
         self.is_hung_up = not data
-        return messages.decode(data) if data else None
+        for _, _, descriptor in rights:
+            (self._root_pidfd,) = _INT.unpack(descriptor)
+        return messages.unpack(data) if data else None
 
     def order(self, order: messages.Order) -> None:
         """Give the keeper an order. One that is dead or too full to hear is dealt with by the supervisor's deadline."""
         try:
-            self.control.send(messages.encode(order), socket.MSG_DONTWAIT)
+            self.control.send(messages.pack(order), socket.MSG_DONTWAIT)
         except OSError:
             return
 
-    def root_started(self, pid: int, start_time: int) -> None:
-        """Open a pidfd on the root, and make sure that it is the root's: it may have been reaped in the meantime."""
+    def root_started(self, pid: int) -> int:
+        """Take note of the root, and give its start time; 0 if it has exited already."""
         self.root = pid
-        try:
-            descriptor = os.pidfd_open(pid)
-        except OSError:
-            return
         found = procfs.stat(pid)
-        if found is not None and found.start_time == start_time:
-            self._root_pidfd = descriptor
-        else:
-            os.close(descriptor)
+        # Alive after its stat was read, it was alive when that was read, and the number was its own.
+        return found.start_time if found is not None and self._root_is_alive() else 0
+
+    def _root_is_alive(self) -> bool:
+        try:
+            signal.pidfd_send_signal(-1 if self._root_pidfd is None else self._root_pidfd, 0)
+        except OSError:
+            return False
+        return True
 
     def ask_root(self) -> bool:
         """Send SIGTERM to the root at once, if that is how this server is asked; False leaves it to the keeper."""
@@ -115,6 +122,7 @@ def _fork(launch: Launch, log: Log, crash_grace_s: float) -> tuple[socket.socket
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # Until the child ignores it, SIGTERM to it would be taken for one to the watchdog: they share the wake-up pipe.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    gc.freeze()  # a collection in the keeper would touch, and so copy, every page that holds objects
     try:
         pid = os.fork()
         if pid == 0:

@@ -29,11 +29,10 @@ def die_with_parent(signal: int) -> None:
 
 def set_name(name: str) -> None:
     """Set the name that `ps -o comm` shows: at most 15 bytes."""
-    text = ctypes.create_string_buffer(name.encode())
-    _call(_PR_SET_NAME, ctypes.addressof(text))
+    _call(_PR_SET_NAME, name.encode())
 
 
-def _call(option: int, argument: int) -> None:
+def _call(option: int, argument: int | bytes) -> None:
     if _prctl(option, argument, 0, 0, 0):
         number = ctypes.get_errno()
         raise OSError(number, f"prctl({option}): {os.strerror(number)}")

@@ -194,8 +194,8 @@ class Loop:
 
     def _on_report(self, kept: Kept, report: messages.Message) -> None:
         if isinstance(report, messages.RootStarted):
-            kept.root_started(report.pid, report.start_time)
-            self._tell(events.Started(kept.key, report.pid, report.start_time, kept.pid, kept.ports))
+            start_time = kept.root_started(report.pid)
+            self._tell(events.Started(kept.key, report.pid, start_time, kept.pid, kept.ports))
         elif isinstance(report, messages.RootFailed):
             kept.is_empty = True
             self._tell(events.LaunchFailed(kept.key, f"{kept.name!r}: {report.message}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 
@@ -38,8 +37,6 @@ def main(config: Config) -> NoReturn:
         kernel.become_subreaper()
         kernel.set_name("harness-watchd")
         loop = Loop(PipeEnd(config["pipe"]), owners, _wakeup(), log, crash_grace_s=config["crash_grace_s"])
-        gc.collect()
-        gc.freeze()  # keepers are forked from here: a later collection must not touch, and so copy, every page
         loop.run()
     except BaseException as error:  # noqa: BLE001 - whatever it is, the keepers must learn of it by this process's end
         log.mistake(error)

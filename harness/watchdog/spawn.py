@@ -10,7 +10,6 @@ import os
 import select
 import signal
 
-from harness import procfs
 from harness.records import Record
 from harness.watchdog import kernel
 
@@ -25,10 +24,10 @@ _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE
 
 
 class Root(Record):
-    """A root that was forked: its pid and start time, and the pipe that says whether its program was executed."""
+    """A root that was forked: its pid, a pidfd on it, and the pipe that says whether its program was executed."""
 
     pid: int
-    start_time: int
+    pidfd: int
     failure_pipe: int
 
 
@@ -42,8 +41,7 @@ def fork_root(launch: Launch) -> Root:
             _execute(launch, keeper, write_end)
     finally:
         os.close(write_end)
-    found = procfs.stat(pid)  # it cannot be reaped, and so its number not be given away, before this process does it
-    return Root(pid, found.start_time if found else 0, read_end)
+    return Root(pid, os.pidfd_open(pid), read_end)
 
 
 def read_failure(root: Root) -> str | None:

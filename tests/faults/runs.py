@@ -47,6 +47,8 @@ def test_servers(watchdog, server_group, number):
     {ending}
 """
 
+# What a test does first that is to go on when the fault test says so (`Run.go`).
+GATE = "while not (HERE / 'go').exists(): time.sleep(0.01)\n    "
 POLITE: tuple[str, ...] = ()
 STUBBORN = ("--ignore",)
 
@@ -141,6 +143,10 @@ class Run:
             assert time.monotonic() < deadline, self.text()
             time.sleep(0.01)  # the files are made by another process: there is nothing else to wait for
         return [Up(**json.loads(name.read_text(encoding="utf-8"))) for name in names]
+
+    def go(self) -> None:
+        """Let the tests that wait at the GATE go on."""
+        (self.directory / "go").touch()
 
     def end(self, timeout_s: float = 60.0) -> int:
         """Wait until pytest itself has ended."""

@@ -14,7 +14,7 @@ EVENTS: dict[str, keeper.Event] = {
     "Ask": keeper.Ordered(AskOrder(root_asked=False)),
     "RootAsked": keeper.Ordered(AskOrder(root_asked=True)),
     "Kill": keeper.Ordered(KillOrder()),
-    "Up": keeper.RootUp(101, 7),
+    "Up": keeper.RootUp(101),
     "Down": keeper.RootDown("no such program"),
     "RootReaped": Reaped(3, is_empty=False),
     "Reaped": Reaped(None, is_empty=False),
@@ -69,7 +69,7 @@ MEANING: dict[str, list[keeper.Effect]] = {
     "AskTop": [keeper.AskTop()],
     "KS": [Tell(KillBegun()), Sweep()],
     "Sweep": [Sweep()],
-    "Started": [Tell(RootStarted(101, 7))],
+    "Started": [Tell(RootStarted(101))],
     "Exit": [Tell(RootExit(3))],
     "E": [Tell(TreeEmpty()), keeper.Leave()],
     "F": [Tell(RootFailed("no such program")), keeper.Leave()],
@@ -99,7 +99,7 @@ def test_each_event_in_each_state(state: str, event: str, expected: str) -> None
 
 def test_an_ask_before_the_root_is_up_is_remembered() -> None:
     rules = led("Ask")
-    assert rules.handle(EVENTS["Up"], 0.0) == [Tell(RootStarted(101, 7)), keeper.AskRoot()]
+    assert rules.handle(EVENTS["Up"], 0.0) == [Tell(RootStarted(101)), keeper.AskRoot()]
 
 
 def test_the_root_is_asked_once_whoever_asks() -> None:

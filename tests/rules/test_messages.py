@@ -42,7 +42,7 @@ EACH: list[Message] = [
     messages.Done(),
     messages.AskOrder(root_asked=True),
     messages.KillOrder(),
-    messages.RootStarted(101, 7),
+    messages.RootStarted(101),
     messages.RootFailed("no such program"),
     messages.KillBegun(),
     messages.RootExit(-15),

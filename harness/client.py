@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import logs, messages, procfs, specs, state_dir
+from harness import logs, messages, platform, procfs, specs, state_dir
 from harness.errors import HarnessError, LaunchFailed, SpecError
 from harness.forking import WatchdogProcess
 from harness.group import ServerGroup
@@ -64,6 +64,7 @@ class Watchdog(Launcher):
         Raises PlatformNotSupported where the platform lacks something, HarnessError for a bad state directory.
         """
         if self._link is None:
+            platform.check()
             run = state_dir.new_run(self._given_state_dir)
             self.attach(WatchdogProcess(run / "watchdog.log", crash_grace_s=self._crash_grace_s), run)
         return self

@@ -7,7 +7,6 @@ only code that runs in the watchdog process without living in `watchdog/`: it is
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import multiprocessing
 import multiprocessing.process
@@ -49,6 +48,7 @@ class WatchdogProcess:
         }
         self._process, self.descriptor = _fork(config)
         self.pid = self._process.pid or 0
+        self._exitcode: int | None = None
         # Readable once the watchdog has ended; no reused pid can deceive.
         self.pidfd = os.pidfd_open(self.pid)
         self.close: Callable[[], None] = self.end
@@ -59,8 +59,10 @@ class WatchdogProcess:
 
     @property
     def exitcode(self) -> int | None:
-        """Give its exit code, None while it runs."""
-        return self._process.exitcode
+        """Give its exit code, None while it runs (or if somebody else has reaped it)."""
+        if self._exitcode is None and self.owner == os.getpid():
+            self._exitcode = self._process.exitcode
+        return self._exitcode
 
     def has_ended(self, timeout_s: float = 0.0) -> bool:
         """Say whether it has ended, waiting for that at most `timeout_s`."""
@@ -82,10 +84,10 @@ class WatchdogProcess:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             self._process.join()
-            os.close(self.pidfd)
-            if self.descriptor >= 0:
-                os.close(self.descriptor)
-                self.descriptor = -1
+            self._exitcode = self._process.exitcode
+            self._let_go()
+            with contextlib.suppress(ValueError):
+                self._process.close()  # refused if another has reaped it
 
     def take_descriptor(self) -> int:
         """Give the client's end of the Pipe away; the taker closes it."""
@@ -94,13 +96,15 @@ class WatchdogProcess:
 
     def forget_in_child(self) -> None:
         """In a forked child: keep multiprocessing from ending the watchdog when the child exits."""
-        if not self._at_exit.still_active():
-            return
+        self._let_go()
+
+    def _let_go(self) -> None:
+        _processes.discard(self)
         os.close(self.pidfd)
         if self.descriptor >= 0:
-            os.close(self.descriptor)
-        # At its exit a child that was made by os.fork sends SIGTERM to every daemon process of its parent that is in
-        # here, and there is no public way out.
+            os.close(self.take_descriptor())
+        # At its exit a process sends SIGTERM to every daemon process that is in here: also a child that was made by
+        # os.fork, to its parent's; also to one that was reaped by another. There is no public way out.
         multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
@@ -109,7 +113,8 @@ def _forget_processes() -> None:
         process.forget_in_child()
 
 
-os.register_at_fork(after_in_child=_forget_processes)
+if hasattr(os, "register_at_fork"):  # elsewhere nothing can be forked, nor a watchdog started
+    os.register_at_fork(after_in_child=_forget_processes)
 
 
 def _fork(config: dict[str, object]) -> tuple[ForkProcess, int]:
@@ -137,6 +142,8 @@ def _fork(config: dict[str, object]) -> tuple[ForkProcess, int]:
 def _become_watchdog(pipe: int, config: dict[str, object]) -> NoReturn:
     """Run in the forked child: keep nothing of the test process, and execute the watchdog's program."""
     try:
+        import fcntl  # noqa: PLC0415 - not there on every platform that can import this module
+
         os.setsid()
         pipe = fcntl.fcntl(pipe, fcntl.F_DUPFD, 3)
         _close_all_but(pipe)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 import harness.errors
 from harness import messages, procfs, signals
 from harness.channel import Channel, ChannelClosed, NoReply
-from harness.errors import HarnessError, WatchdogDied
+from harness.errors import HarnessError, SpecError, WatchdogDied
+from harness.frames import FrameError
 
 if TYPE_CHECKING:
     from harness.forking import WatchdogProcess
@@ -83,6 +84,8 @@ class Link:
     def _exchange(self, key: int, request: messages.Request, reply: type[_Reply], timeout_s: float) -> _Reply:
         try:
             answer = messages.decode(self._channel.request(key, messages.encode(request), timeout_s + ANSWER_S))
+        except FrameError as error:
+            raise SpecError(f"the command and the environment are too large: {error}") from None
         except ChannelClosed:
             raise self._died() from None
         except NoReply:
@@ -155,4 +158,5 @@ def _forget_links() -> None:
         link.forget_in_child()
 
 
-os.register_at_fork(after_in_child=_forget_links)
+if hasattr(os, "register_at_fork"):  # elsewhere nothing can be forked, nor a watchdog started
+    os.register_at_fork(after_in_child=_forget_links)

@@ -6,11 +6,11 @@ A check is asked again and again by one thread that waits for many servers, so a
 
 from __future__ import annotations
 
-import errno
-import http.client
 import os
 import re
+import select
 import socket
+import time
 from typing import TYPE_CHECKING, Protocol
 
 from harness import listeners, specs
@@ -19,7 +19,15 @@ from harness.errors import SpecError
 if TYPE_CHECKING:
     from harness.server import Server
 
-_ANSWER_TIMEOUT_S = 1.0
+# On loopback a connection is taken or refused at once; it takes long only when the server's backlog is full.
+_CONNECT_S = 0.05
+# A server that takes the request but loads for minutes answers it then; one that has lost it is asked again, more and
+# more rarely, since requests that are given up may queue up in the server.
+_PATIENCE_S = 2.0
+_LONGEST_PATIENCE_S = 60.0
+# How long an answer's end is waited for once its status is there.
+_ANSWER_END_S = 0.02
+_ONCE_S = 1.0
 _READ_BYTES = 1 << 20
 _LINE_BYTES = 1 << 16
 
@@ -138,14 +146,21 @@ def _port(port: int | None) -> int | None:
 
 def _once(probe: Probe) -> bool:
     try:
-        return probe.step() or (probe.waits_for is not None and probe.step())
+        is_ready = probe.step()
+        deadline = time.monotonic() + _ONCE_S
+        while not is_ready and probe.waits_for is not None and (left := deadline - time.monotonic()) > 0:
+            poll = select.poll()
+            poll.register(probe.waits_for, select.POLLIN)
+            poll.poll(left * 1000)
+            is_ready = probe.step()
+        return is_ready
     finally:
         probe.close()
 
 
 def _connect(host: str, port: int) -> socket.socket | None:
     connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    connection.settimeout(_ANSWER_TIMEOUT_S)
+    connection.settimeout(_CONNECT_S)
     result = connection.connect_ex((host, port))
     # On a port of the ephemeral range a connection can meet itself, when nobody listens (TCP simultaneous open).
     if result != 0 or connection.getsockname() == connection.getpeername():
@@ -180,6 +195,9 @@ class _HttpProbe:
         self._check = check
         self._port = check.port if check.port is not None else server.port
         self._connection: socket.socket | None = None
+        self._answer = b""
+        self._asked = 0.0
+        self._patience_s = _PATIENCE_S
         self.seen = "nothing listens on the port"
 
     @property
@@ -190,13 +208,9 @@ class _HttpProbe:
         if self._connection is None:
             self._ask()
             return False
-        if not _is_readable(self._connection):
+        if not self._has_answered(self._connection):
             return False
-        try:
-            is_right = self._read_status(self._connection) == self._check.status
-        except (OSError, http.client.HTTPException) as error:
-            self.seen = f"its answer broke off: {error!r}"
-            is_right = False
+        is_right = self._read_status() == self._check.status
         self.close()
         return is_right and self._is_own()
 
@@ -218,16 +232,33 @@ class _HttpProbe:
             self.seen = f"the connection broke off: {error}"
             connection.close()
         else:
-            self._connection = connection
+            connection.setblocking(False)
+            self._connection, self._answer, self._asked = connection, b"", time.monotonic()
 
-    def _read_status(self, connection: socket.socket) -> int:
-        response = http.client.HTTPResponse(connection, method="GET")
+    def _has_answered(self, connection: socket.socket) -> bool:
+        # Wait for the end of the answer, if it comes soon: a server whose answer is cut off may say so in its log.
         try:
-            response.begin()
-        finally:
-            response.close()
-        self.seen = f"it answered {response.status}"
-        return response.status
+            while part := connection.recv(_READ_BYTES):
+                self._answer = (self._answer + part)[:_LINE_BYTES]
+        except BlockingIOError:
+            waited_s = time.monotonic() - self._asked
+            has_head = b"\r\n\r\n" in self._answer
+            if waited_s > self._patience_s:
+                self._patience_s = min(self._patience_s * 2, _LONGEST_PATIENCE_S)
+                return True
+            return has_head and waited_s > _ANSWER_END_S
+        except OSError as error:
+            self.seen = f"its answer broke off: {error}"
+        return True
+
+    def _read_status(self) -> int | None:
+        found = re.match(rb"HTTP/1\.[01] ([0-9]{3})[ \r\n]", self._answer)
+        if found is None:
+            if self._answer:
+                self.seen = f"its answer is not HTTP: {self._answer[:60]!r}"
+            return None
+        self.seen = f"it answered {found.group(1).decode()}"
+        return int(found.group(1))
 
     def _is_own(self) -> bool:
         if listeners.are_all_of(self._server.pids(), self._port):
@@ -239,16 +270,6 @@ class _HttpProbe:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-
-
-def _is_readable(connection: socket.socket) -> bool:
-    try:
-        connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        return error.errno != errno.EAGAIN
-    return True
 
 
 class _LogProbe:

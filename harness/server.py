@@ -196,7 +196,8 @@ class Server:
         """Send a signal to the root; does nothing if it has exited. Raises SpecError for a number that is no signal."""
         if isinstance(sig, bool) or sig not in signal.valid_signals():
             raise SpecError(f"{sig!r} is not a signal")
-        self._link.request(messages.SendSignal(self.key, int(sig)), messages.Done)
+        if self.status().phase != "gone":
+            self._link.request(messages.SendSignal(self.key, int(sig)), messages.Done)
 
     @property
     def proc(self) -> ServerProcess:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from harness import state_dir
+from harness import platform, state_dir
 from harness.errors import HarnessError, WatchdogDied
 from harness.forking import WatchdogProcess
 
@@ -34,6 +34,7 @@ def start(config: pytest.Config) -> None:
     """Fork the watchdog; what prevents it is raised only where a test needs a watchdog."""
     crash_grace_s = _crash_grace_s(config)
     try:
+        platform.check()
         run = state_dir.new_run()
         log = run / "watchdog.log"
         process = WatchdogProcess(log, crash_grace_s=crash_grace_s, controller=_controller(config))

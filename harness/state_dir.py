@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
@@ -64,5 +65,6 @@ def prune(state_dir: Path) -> None:
         pid, _, start_time = run.name.partition("-")
         if not (pid.isdigit() and start_time.isdigit()) or procfs.is_alive(int(pid), int(start_time)):
             continue
-        if time.time() - run.lstat().st_mtime > _KEEP_S:
-            shutil.rmtree(run, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process prunes as well
+            if time.time() - run.lstat().st_mtime > _KEEP_S:
+                shutil.rmtree(run, ignore_errors=True)

@@ -23,6 +23,8 @@ _POLL_S = 0.004
 # A wrong answer costs the server work and a line in its log: ask again more and more slowly.
 _LONGEST_POLL_S = 0.1
 _STATUS_S = 0.05
+# How often a probe that waits for an answer is asked whether it has waited long enough.
+_ANSWER_S = 0.02
 # The longest wait in one request to the watchdog: one that has died is noticed at once anyway.
 SLICE_S = 60.0
 
@@ -59,6 +61,10 @@ class _Wait:
     def close(self) -> None:
         if self.probe is not None:
             self.probe.close()
+        self.forget_root()
+
+    def forget_root(self) -> None:
+        """Stop watching the root: once it has exited its pidfd is readable for good."""
         if self.root is not None:
             os.close(self.root)
             self.root = None
@@ -148,11 +154,10 @@ def _has_exited(root: int | None) -> bool:
 def _check_alive(wait: _Wait, waited_s: float) -> None:
     status = wait.server.status()
     # A root that exits with 0 and leaves processes is a daemon; one that fails is a crash, whatever it left.
+    if status.root_exited:
+        wait.forget_root()
     if status.phase != "gone" and not (status.root_exited and status.returncode != 0):
         return
-    if wait.root is not None:
-        os.close(wait.root)
-        wait.root = None
     server = wait.server
     what = f" while it was waited for ({server.ready!r})" if server.ready is not None else ""
     text = f"{server.name!r} (pid {server.pid}) ended with {server.describe_exit()} after {waited_s:.2f} s{what}"
@@ -173,6 +178,7 @@ def _sleep(waits: list[_Wait]) -> None:
             poll.register(wait.root, select.POLLIN)
         if wait.probe is not None and wait.probe.waits_for is not None:
             poll.register(wait.probe.waits_for, select.POLLIN)
+            wait.next_step = time.monotonic() + _ANSWER_S
     times = [wait.next_status for wait in waits] + [wait.deadline for wait in waits]
-    times += [wait.next_step for wait in waits if wait.probe is not None and wait.probe.waits_for is None]
+    times += [wait.next_step for wait in waits]
     poll.poll(max(0.0, min(times) - time.monotonic()) * 1000)

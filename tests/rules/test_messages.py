@@ -58,6 +58,14 @@ def test_each_message_comes_back_as_it_was(message: Message) -> None:
     assert decoded == message
 
 
+@pytest.mark.parametrize("message", EACH, ids=lambda message: type(message).__name__)
+def test_orders_and_reports_come_back_in_the_form_that_keepers_use(message: Message) -> None:
+    if isinstance(message, get_args(messages.Order) + get_args(messages.Report)):
+        unpacked = messages.unpack(messages.pack(message))
+        assert type(unpacked) is type(message)
+        assert unpacked == message
+
+
 def test_what_is_nested_comes_back_with_its_types() -> None:
     stopped, unkilled = decode(encode(EACH[9])), decode(encode(messages.Unkilled([STUCK])))
     assert isinstance(stopped, messages.Stopped)

@@ -49,6 +49,7 @@ class WatchdogProcess:
         self._process, self.descriptor = _fork(config)
         self.pid = self._process.pid or 0
         self._exitcode: int | None = None
+        self._has_been_ended = False
         # Readable once the watchdog has ended; no reused pid can deceive.
         self.pidfd = os.pidfd_open(self.pid)
         self.close: Callable[[], None] = self.end
@@ -78,7 +79,8 @@ class WatchdogProcess:
 
     def end(self, timeout_s: float = 0.0) -> None:
         """Give it a time to end by itself, kill it if it does not, and reap it."""
-        if self._at_exit.still_active() and self.owner == os.getpid():
+        if not self._has_been_ended and self.owner == os.getpid():
+            self._has_been_ended = True
             self._at_exit.cancel()
             if not self.has_ended(timeout_s):
                 with contextlib.suppress(ProcessLookupError):

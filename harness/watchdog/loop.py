@@ -280,7 +280,7 @@ class Loop:
 
     def _leave(self) -> NoReturn:
         # The last reply fits the buffer of a client that waits for it; one that does not read loses nothing else.
-        os.set_blocking(self._pipe.descriptor, False)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # it is being done
         self._pipe.flush()
         self._log.write("all servers have been stopped: leaving")
         os._exit(0)

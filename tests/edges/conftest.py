@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import socket
 import subprocess
@@ -25,7 +24,7 @@ _MARKER = "HARNESS_EDGES_TEST"
 
 
 @pytest.fixture(autouse=True)
-def nothing_survives(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+def nothing_survives(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Find every process that inherited this test's environment, every child and every descriptor that it left."""
     marker = f"{_MARKER}={uuid.uuid4().hex}"
     monkeypatch.setenv(*marker.split("="))
@@ -39,9 +38,6 @@ def nothing_survives(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReq
     assert not (set(left) - set(keepers)), processes.describe(set(left) - set(keepers))
     fresh = set(processes.tree(os.getpid())) - children
     assert not fresh, processes.describe(fresh)
-    if set(processes.descriptors()) - set(descriptors):
-        request.node.funcargs.clear()  # whatever the test's objects still hold until they are collected
-        gc.collect()
     opened = {number: what for number, what in processes.descriptors().items() if number not in descriptors}
     assert not opened
 

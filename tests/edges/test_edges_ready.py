@@ -121,6 +121,17 @@ def test_http_an_answer_that_drips_does_not_hold_up_the_wait(watchdog: harness.W
     assert time.monotonic() - began < 2.5
 
 
+def test_http_an_answer_without_end_is_enough_when_its_status_is_there(watchdog: harness.Watchdog) -> None:
+    watchdog.launch(web("flood"), ready=harness.log_line("listening")).wait_ready(READY_S).ready = harness.http_ok()
+    timer = threading.Timer(5.0, watchdog.servers[0].kill)  # so that this test ends, whatever happens
+    timer.start()
+    began = time.monotonic()
+    watchdog.servers[0].wait_ready(READY_S)
+    timer.cancel()
+    timer.join()
+    assert time.monotonic() - began < 4.0
+
+
 def test_http_a_connection_that_was_lost_on_the_way_is_made_anew(watchdog: harness.Watchdog) -> None:
     watchdog.launch(web("second"), ready=harness.http_ok()).wait_ready(READY_S)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import signal
+import statistics
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -49,10 +51,11 @@ def interrupted_after(seconds: float) -> Iterator[None]:
 def test_an_interrupted_launch_leaves_no_server_that_nobody_holds(watchdog: harness.Watchdog) -> None:
     chance = random.Random(7)  # noqa: S311 - no secret
     interrupts = 0
+    longest_s = 2 * launch_s(watchdog)
     for _ in range(TRIALS):
         known = len(watchdog.servers)
         try:
-            with interrupted_after(chance.uniform(0.00002, 0.012)):
+            with interrupted_after(chance.uniform(0.00002, longest_s)):
                 watchdog.launch(["sleep", "1000"])
         except Interrupt:
             interrupts += 1
@@ -62,6 +65,16 @@ def test_an_interrupted_launch_leaves_no_server_that_nobody_holds(watchdog: harn
         assert watchdog.launch(["true"]).wait(timeout_s=30).how == "exited"
         assert processes_of(watchdog) == []
     assert 0 < interrupts < TRIALS
+
+
+def launch_s(watchdog: harness.Watchdog) -> float:
+    """Give how long a launch takes here and now: interrupts are to strike within it, and after it."""
+    times = []
+    for _ in range(15):
+        began = time.monotonic()
+        watchdog.launch(["true"])
+        times.append(time.monotonic() - began)
+    return statistics.median(times)
 
 
 def processes_of(watchdog: harness.Watchdog) -> list[str]:

@@ -2,7 +2,8 @@
 
 BEHAVIOUR: a status to answer every request with; `late` (503 three times, then 200); `silent` (never answers);
 `garbage`; `closes` (hangs up without an answer); `drip` (sends a header's bytes one by one and never comes to an end);
-`second` (never answers the first connection, answers all later ones).
+`flood` (sends a body that has no end, as fast as it is taken); `second` (never answers the first connection, answers
+all later ones).
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def main() -> None:
         if behaviour == "silent" or (behaviour == "second" and number == 0):
             kept.append(connection)
         elif behaviour == "drip":
-            drip(connection)
+            send_for_ever(connection, b"HTTP/1.1 200 OK\r\nX: ", b"x", pause_s=0.1)
+        elif behaviour == "flood":
+            send_for_ever(connection, b"HTTP/1.1 200 OK\r\n\r\n", b"x" * (1 << 20), pause_s=0.0)
         else:
             answer(connection, behaviour, number)
 
@@ -46,13 +49,13 @@ def answer(connection: socket.socket, behaviour: str, number: int) -> None:
             connection.sendall(f"HTTP/1.1 {status} X\r\nContent-Length: 2\r\n\r\nok".encode())
 
 
-def drip(connection: socket.socket) -> None:
+def send_for_ever(connection: socket.socket, first: bytes, then: bytes, *, pause_s: float) -> None:
     """Send an answer that never comes to an end."""
     try:
-        connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+        connection.sendall(first)
         while True:
-            connection.sendall(b"x")
-            time.sleep(0.1)  # the slowness is what this behaviour is about
+            connection.sendall(then)
+            time.sleep(pause_s)  # the slowness is what `drip` is about
     except OSError:
         connection.close()
 

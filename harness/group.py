@@ -37,7 +37,8 @@ class ServerGroup(Launcher):
         self._owner = owner
         self.name = name
         self._lock = threading.Lock()
-        self._names: set[str] = set()
+        # Who has which name; None while it is being launched.
+        self._named: dict[str, Server | None] = {}
         self._servers: list[Server] = []
         self._has_been_left = False
 
@@ -58,28 +59,35 @@ class ServerGroup(Launcher):
             return self._owner.launch_spec(replace(spec, name=name), self._add)
         except BaseException:
             with self._lock:
-                self._names.discard(name)
+                self._named.pop(name)
             raise
 
     def _reserve(self, name: str | None) -> str:
         with self._lock:
             if self._has_been_left:
                 raise HarnessError(f"group {self.name!r} has been left: it launches nothing more")
-            if name in self._names:
+            if name is not None and not self._is_free(name):
                 raise SpecError(f"group {self.name!r} has a server named {name!r} already")
             chosen = name if name is not None else self._free_name()
-            self._names.add(chosen)
+            self._named[chosen] = None
             return chosen
 
+    def _is_free(self, name: str) -> bool:
+        if name not in self._named:
+            return True
+        holder = self._named[name]
+        return holder is not None and holder.outcome is not None  # a rank that was stopped may be launched again
+
     def _free_name(self) -> str:
-        number = len(self._names)
-        while f"{self.name}-{number}" in self._names:
+        number = len(self._named)
+        while f"{self.name}-{number}" in self._named:
             number += 1
         return f"{self.name}-{number}"
 
     def _add(self, server: Server) -> None:
         with self._lock:
             self._servers.append(server)
+            self._named[server.name] = server
             is_late = self._has_been_left
         if is_late:
             server.stop()
@@ -88,9 +96,11 @@ class ServerGroup(Launcher):
     def wait_ready(self, timeout_s: float | None = None) -> ServerGroup:
         """Wait for all at once, and return this group; the first server that dies or fails ends the wait for all.
 
-        Raises what `Server.wait_ready` raises. Without `timeout_s` each server has its own `ready_timeout_s`.
+        Servers that have been stopped are not waited for. Raises what `Server.wait_ready` raises. Without `timeout_s`
+        each server has its own `ready_timeout_s`.
         """
-        waiting.wait_ready(list(self.servers), specs.optional_seconds(timeout_s, "timeout_s"))
+        pending = [server for server in self.servers if server.outcome is None]
+        waiting.wait_ready(pending, specs.optional_seconds(timeout_s, "timeout_s"))
         return self
 
     def stop(self, *, grace_s: float | None = None) -> StopReport:

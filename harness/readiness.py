@@ -198,6 +198,7 @@ class _HttpProbe:
         self._answer = b""
         self._asked = 0.0
         self._patience_s = _PATIENCE_S
+        self._has_been_answered = False
         self.seen = "nothing listens on the port"
 
     @property
@@ -218,7 +219,8 @@ class _HttpProbe:
         connection = _connect(self._server.host, self._port)
         if connection is None:
             return
-        self.seen = "the port is open, but the request is not answered"
+        if not self._has_been_answered:
+            self.seen = "the port is open, but the request is not answered"
         lines = (
             f"GET {self._check.path} HTTP/1.1",
             f"Host: {self._server.host}:{self._port}",
@@ -240,6 +242,8 @@ class _HttpProbe:
         try:
             while part := connection.recv(_READ_BYTES):
                 self._answer = (self._answer + part)[:_LINE_BYTES]
+                if len(self._answer) == _LINE_BYTES:
+                    return True
         except BlockingIOError:
             waited_s = time.monotonic() - self._asked
             has_head = b"\r\n\r\n" in self._answer
@@ -249,9 +253,12 @@ class _HttpProbe:
             return has_head and waited_s > _ANSWER_END_S
         except OSError as error:
             self.seen = f"its answer broke off: {error}"
+        else:
+            self.seen = "its answer broke off: it hung up"
         return True
 
     def _read_status(self) -> int | None:
+        self._has_been_answered = True
         found = re.match(rb"HTTP/1\.[01] ([0-9]{3})[ \r\n]", self._answer)
         if found is None:
             if self._answer:

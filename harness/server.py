@@ -44,6 +44,7 @@ class Server:
         self.ready_timeout_s = spec.ready_timeout_s
         self.grace_s = spec.grace_s
         self.host = templates.HOST
+        self._pgid = self.pid if launched.keeper else _group_of(self.pid)
         self._status = _NO_STATUS
         self._outcome: ServerOutcome | None = None
 
@@ -71,9 +72,7 @@ class Server:
     @property
     def pgid(self) -> int:
         """Give the root's process group; a launched server leads its own group and session."""
-        if self._launched.keeper:
-            return self.pid
-        return os.getpgid(self.pid)
+        return self._pgid
 
     @property
     def port(self) -> int:
@@ -193,10 +192,10 @@ class Server:
         return self._outcome
 
     def send_signal(self, sig: int) -> None:
-        """Send a signal to the root; does nothing if it has exited. Raises SpecError for a number that is no signal."""
-        if isinstance(sig, bool) or sig not in signal.valid_signals():
+        """Send a signal to the root; does nothing if it has exited, or for 0. Raises SpecError for no signal."""
+        if isinstance(sig, bool) or sig not in {0, *signal.valid_signals()}:
             raise SpecError(f"{sig!r} is not a signal")
-        if self.status().phase != "gone":
+        if self.status().phase != "gone" and sig:
             self._link.request(messages.SendSignal(self.key, int(sig)), messages.Done)
 
     @property
@@ -217,3 +216,10 @@ class Server:
     ) -> None:
         """Stop the server."""
         self.stop()
+
+
+def _group_of(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return pid

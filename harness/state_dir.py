@@ -66,5 +66,5 @@ def prune(state_dir: Path) -> None:
         if not (pid.isdigit() and start_time.isdigit()) or procfs.is_alive(int(pid), int(start_time)):
             continue
         with contextlib.suppress(FileNotFoundError):  # another process prunes as well
-            if time.time() - run.lstat().st_mtime > _KEEP_S:
+            if time.time() - max(path.lstat().st_mtime for path in (run, *run.iterdir())) > _KEEP_S:
                 shutil.rmtree(run, ignore_errors=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # A connection that is refused costs 15 microseconds: this costs 0.5 % of a core for each server, however long it takes.
 _POLL_S = 0.004
-# A wrong answer costs the server work and a line in its log: ask again more and more slowly.
+# A wrong answer costs the server work and a line in its log, and so may a user's check: ask more and more slowly.
 _LONGEST_POLL_S = 0.1
 _STATUS_S = 0.05
 # How often a probe that waits for an answer is asked whether it has waited long enough.
@@ -137,8 +137,9 @@ def _step(wait: _Wait, probe: Probe, waited_s: float) -> bool:
             wait.server.stop()
         raise failure from error
     if probe.waits_for is None:
-        # Refused connections are cheap; an answer that was not the right one is not.
-        wait.pause_s = min(wait.pause_s * 1.5, _LONGEST_POLL_S) if was_asked else _POLL_S
+        # Refused connections are cheap; an answer that was not the right one is not, nor is a user's own check.
+        is_dear = was_asked or isinstance(probe, _Callable)
+        wait.pause_s = min(wait.pause_s * 1.5, _LONGEST_POLL_S) if is_dear else _POLL_S
         wait.next_step = time.monotonic() + wait.pause_s
     return is_ready
 

@@ -33,6 +33,19 @@ def test_names_are_given_and_unique(watchdog: harness.Watchdog) -> None:
     assert {server.state for server in watchdog.servers} == {"gone"}
 
 
+def test_a_server_that_was_stopped_can_be_launched_again(watchdog: harness.Watchdog) -> None:
+    with watchdog.group("dp") as group:
+        group.launch(["sleep", "60"], name="rank0")
+        with pytest.raises(harness.SpecError, match="already"):
+            group.launch(["sleep", "60"], name="rank0")
+        group.servers[0].stop()
+        group.wait_ready(READY_S)
+        again = group.launch(["sleep", "60"], name="rank0")
+        group.wait_ready(READY_S)
+        assert again.is_alive
+    assert [server.outcome.how for server in group.servers if server.outcome] == ["asked", "asked"]
+
+
 def test_a_group_survives_a_launch_that_fails(watchdog: harness.Watchdog) -> None:
     with watchdog.group("dp") as group:
         for command in (["/no/such/program"], [""]):

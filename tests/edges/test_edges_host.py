@@ -217,10 +217,16 @@ def test_old_runs_are_removed_when_nobody_of_them_is_left(tmp_path: Path) -> Non
     for run, changed in runs.items():
         run.mkdir(parents=True)
         (run / "server.log").touch()
-        os.utime(run, (changed, changed))
+        for path in (run / "server.log", run):
+            os.utime(path, (changed, changed))
+    log = tmp_path / "runs" / f"{2**22 + 3}-1" / "server.log"  # of a long run, which has ended just now
+    log.parent.mkdir()
+    log.touch()
+    os.utime(log.parent, (LONG_AGO, LONG_AGO))
     state_dir.prune(tmp_path)
     left = [run for run in runs if run.exists()]
     assert left == [run for at, run in enumerate(runs) if at not in {1, 2}]
+    assert log.exists()
 
 
 def test_two_processes_prune_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,21 +13,11 @@ from pathlib import Path
 from harness import procfs
 
 SUITE = Path(__file__).with_name("demo_suite")
-PYTEST = [
-    sys.executable,
-    "-m",
-    "pytest",
-    "-p",
-    "no:cacheprovider",
-    "-n",
-    "2",
-    "-c",
-    os.devnull,
-    "--rootdir",
-    str(SUITE),
-]
+PYTEST = [sys.executable, "-m", "pytest", "-n", "2"]
 # The demo kills the run once the servers of both workers are up; a worker's test has at least this many processes.
 ENOUGH_SERVER_PROCESSES = 6
+# Nothing has come or gone for so long: the servers have started and are being used.
+STEADY_S = 0.5
 
 
 def main() -> int:
@@ -66,11 +56,16 @@ def kill_in_the_middle() -> int:
 
 
 def wait_for_servers(run: subprocess.Popen[bytes]) -> dict[int, str]:
-    """Wait until enough servers are up; give every process of the run with what it is."""
+    """Wait until enough servers are up and at work; give every process of the run with what it is."""
     deadline = time.monotonic() + 60
+    seen: dict[int, str] = {}
+    since = 0.0
     while time.monotonic() < deadline:
         found = {pid: kind_of(pid, run.pid) for pid in [run.pid, *procfs.descendants(run.pid)]}
-        if sum(text.startswith("server") for text in found.values()) >= ENOUGH_SERVER_PROCESSES:
+        if found != seen:
+            seen, since = found, time.monotonic()
+        is_enough = sum(text.startswith("server") for text in found.values()) >= ENOUGH_SERVER_PROCESSES
+        if is_enough and time.monotonic() - since > STEADY_S:
             return found
         time.sleep(0.02)  # processes of others appear without telling us
     raise SystemExit("the suite did not launch its servers within 60 s")

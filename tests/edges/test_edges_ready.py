@@ -53,9 +53,11 @@ def test_http_another_status_path_and_port(watchdog: harness.Watchdog) -> None:
 
 
 def test_http_a_silent_server_is_given_up_in_time(watchdog: harness.Watchdog) -> None:
+    server = watchdog.launch(web("silent"), ready=harness.log_line("listening")).wait_ready(READY_S)
+    server.ready = harness.http_ok()
     began = time.monotonic()
-    said = not_ready(watchdog, "silent", harness.http_ok())
-    assert "HTTP 200 from /health: the port is open, but the request is not answered" in said
+    with pytest.raises(harness.NotReady, match="/health: the port is open, but the request is not answered"):
+        server.wait_ready(0.4)
     assert time.monotonic() - began < 1.5
 
 

@@ -17,6 +17,7 @@ import time
 from harness import frames
 
 _PEEK_BYTES = 1 << 18
+_SLICE_S = 1.0
 # The message id of what a watchdog says that cannot start.
 _LAST_WORDS = 0
 
@@ -36,7 +37,7 @@ class Channel:
         """Take over the file descriptor of the client's end."""
         self._socket = socket.socket(fileno=descriptor)
         self._socket.setblocking(False)
-        # Half of this must hold a frame, or the kernel could take a part of one (frames.py).
+        # Half of this must hold a frame, or the kernel would take a part of one (frames.py).
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * frames.CHUNK_BYTES)
         self._ids = itertools.count(1)
         self._state = threading.Condition()
@@ -55,14 +56,15 @@ class Channel:
 
     def request(self, message_id: int, message: bytes, timeout_s: float) -> bytes:
         """Send a request and wait for its reply; raises ChannelClosed or NoReply."""
+        __tracebackhide__ = True  # the message holds the environment, which a traceback must not show
         deadline = time.monotonic() + timeout_s
         try:
             self._awaited.add(message_id)
             for frame in frames.split(message_id, message):
                 self._send(frame, deadline)
             return self._reply(message_id, deadline)
-        except OSError:
-            raise ChannelClosed from None
+        except (OSError, ValueError):
+            raise ChannelClosed from None  # ValueError: closed by another thread, or by a signal handler
         finally:
             self._awaited.discard(message_id)
             self._replies.pop(message_id, None)
@@ -74,15 +76,12 @@ class Channel:
         return self._replies.get(_LAST_WORDS)
 
     def _send(self, frame: bytes, deadline: float) -> None:
-        while True:
+        while frame:
             try:
-                sent = self._socket.send(frame)
+                frame = frame[self._socket.send(frame) :]
             except BlockingIOError:  # noqa: PERF203 - the loop runs once, but for a watchdog that is slow to read
-                self._await(select.POLLOUT, deadline)
-            else:
-                if sent != len(frame):
-                    raise ChannelClosed  # never seen, see above; the stream would be of no more use
-                return
+                if not self._await(select.POLLOUT, deadline):
+                    raise NoReply from None
 
     def _reply(self, message_id: int, deadline: float) -> bytes:
         me = threading.get_ident()
@@ -94,16 +93,19 @@ class Channel:
                 is_reader = self._reader in {None, me}
                 if is_reader:
                     self._reader = me
-                elif not self._state.wait(max(0.0, deadline - time.monotonic())):
-                    raise NoReply
+                else:
+                    self._state.wait(min(_SLICE_S, max(0.0, deadline - time.monotonic())))
             if is_reader:
-                self._read_for_all(deadline)
+                # In slices: a request from a signal handler may have filed this one's reply in the meantime.
+                self._read_for_all(min(deadline, time.monotonic() + _SLICE_S))
+            if time.monotonic() >= deadline and message_id not in self._replies:
+                raise NoReply
 
     def _read_for_all(self, deadline: float) -> None:
         try:
-            self._await(select.POLLIN, deadline)
-            with self._state:
-                self._file_replies()
+            if self._await(select.POLLIN, deadline):
+                with self._state:
+                    self._file_replies()
         finally:
             with self._state:
                 self._reader = None
@@ -126,8 +128,7 @@ class Channel:
                 self._replies[chunk.message_id] = reply
         self._socket.recv(used)
 
-    def _await(self, event: int, deadline: float) -> None:
+    def _await(self, event: int, deadline: float) -> bool:
         poll = select.poll()
         poll.register(self._socket, event)
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise NoReply
+        return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))

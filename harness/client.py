@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import logs, messages, platform, procfs, specs, state_dir
-from harness.errors import HarnessError, LaunchFailed, SpecError
+from harness.errors import HarnessError, LaunchFailed, SpecError, WatchdogDied
 from harness.forking import WatchdogProcess
 from harness.group import ServerGroup
 from harness.launching import Launcher
@@ -98,6 +98,7 @@ class Watchdog(Launcher):
 
     def launch_spec(self, spec: specs.ServerSpec, register: Callable[[Server], None] | None = None) -> Server:
         """Start a server that has been checked; for `launch`, and for groups, which register it."""
+        __tracebackhide__ = True  # the request holds the environment, which a traceback must not show
         link = self._started()
         name = spec.name if spec.name is not None else f"{Path(spec.command[0]).name}-{next(self._names)}"
         log_path = self._new_log(name)
@@ -127,6 +128,7 @@ class Watchdog(Launcher):
         log_path: Path,
         register: Callable[[Server], None] | None = None,
     ) -> Server:
+        __tracebackhide__ = True
         link.longest_grace_s = max(link.longest_grace_s, spec.grace_s)
         key = link.new_key()
         try:
@@ -135,6 +137,9 @@ class Watchdog(Launcher):
                 self._servers.append(server)
             if register is not None:
                 register(server)
+        except WatchdogDied:
+            link.abandon(key)  # a launch that takes too long may still succeed
+            raise
         except HarnessError:
             raise
         except BaseException:
@@ -193,7 +198,7 @@ class Watchdog(Launcher):
         foreign = [server for server in chosen if server not in self.servers]
         if foreign:
             raise SpecError(f"{foreign[0]!r} is not a server of this watchdog")
-        pending = [server for server in chosen if server.outcome is None]
+        pending = [server for server in chosen if not server.has_ended]
         seconds = 0.0
         if pending:
             longest_s = limit or max(server.grace_s for server in pending)

@@ -79,13 +79,17 @@ class WatchdogProcess:
 
     def end(self, timeout_s: float = 0.0) -> None:
         """Give it a time to end by itself, kill it if it does not, and reap it."""
-        if not self._has_been_ended and self.owner == os.getpid():
+        if self._has_been_ended or self.owner != os.getpid():
+            return
+        try:
+            self.has_ended(timeout_s)
+        finally:
+            # Also if a second Ctrl-C ends the wait: multiprocessing would wait for a hung watchdog without a bound.
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            self._process.join()
             self._has_been_ended = True
             self._at_exit.cancel()
-            if not self.has_ended(timeout_s):
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-            self._process.join()
             self._exitcode = self._process.exitcode
             self._let_go()
             with contextlib.suppress(ValueError):

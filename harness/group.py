@@ -54,6 +54,7 @@ class ServerGroup(Launcher):
 
     def launch_spec(self, spec: specs.ServerSpec) -> Server:
         """Start a server whose name is unique in the group; for `launch` only."""
+        __tracebackhide__ = True  # as in `launch`
         name = self._reserve(spec.name)
         try:
             return self._owner.launch_spec(replace(spec, name=name), self._add)

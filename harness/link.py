@@ -38,7 +38,7 @@ class Link:
         self.longest_grace_s = 0.0
         self.report: messages.Stopped | None = None
         self._has_launched = False
-        self._closing = threading.Lock()
+        self._closing = threading.RLock()  # a signal handler may close while this thread does
         self._keepers: dict[int, int] = {}
         self._channel = Channel(process.take_descriptor())
         process.close = self.close
@@ -82,6 +82,7 @@ class Link:
             self._keepers[pid] = keeper.start_time
 
     def _exchange(self, key: int, request: messages.Request, reply: type[_Reply], timeout_s: float) -> _Reply:
+        __tracebackhide__ = True  # the request holds the environment, which a traceback must not show
         try:
             answer = messages.decode(self._channel.request(key, messages.encode(request), timeout_s + ANSWER_S))
         except FrameError as error:
@@ -130,23 +131,33 @@ class Link:
                     self._close()
             finally:
                 self._channel.close()
-                # With servers it has its time to end; one that hangs is killed, and its keepers stop its servers.
-                self._process.end(self._process.crash_grace_s + END_S if self._has_launched else 0.0)
-                self.is_closed = True
+                try:
+                    # With servers it has its time to end by itself.
+                    self._process.end(self._process.crash_grace_s + END_S if self._has_launched else 0.0)
+                finally:
+                    self.is_closed = True
 
     def _close(self) -> None:
         limit_s = self.longest_grace_s + END_S
         try:
             self.report = self._exchange(self._channel.new_id(), messages.Close(), messages.Stopped, limit_s)
         except WatchdogDied:
+            if self.is_closed:
+                return  # by a signal handler, in the meantime
+            # One that hangs is killed: only then do its keepers act.
+            self._process.end()
             self._wait_for_keepers()
             raise
 
     def _wait_for_keepers(self) -> None:
         # Without a watchdog its keepers stop its servers; what comes after `close` may need their ports.
         deadline = time.monotonic() + self._process.crash_grace_s + END_S
-        while any(procfs.is_alive(pid, start) for pid, start in self._keepers.items()) and time.monotonic() < deadline:
+        while any(map(self.keeper_is_alive, self._keepers)) and time.monotonic() < deadline:
             time.sleep(_KEEPERS_POLL_S)
+
+    def keeper_is_alive(self, pid: int) -> bool:
+        """Say whether a keeper that launched a server runs: exactly that process, not another with its number."""
+        return procfs.is_alive(pid, self._keepers.get(pid, -1))
 
     def forget_in_child(self) -> None:
         """In a forked child: let go of the Pipe, so that the watchdog sees its test process's end."""

@@ -38,6 +38,10 @@ class Launch(Record):
     ask: str
     grace_s: float
 
+    def __repr__(self) -> str:
+        """Show no environment: it holds tokens, and tracebacks show arguments."""
+        return f"Launch(name={self.name!r}, command={self.command!r}, cwd={self.cwd!r})"
+
 
 class Adopt(Record):
     """Own a process that the test process started itself. `start_time` is field 22 of its /proc/PID/stat."""

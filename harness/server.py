@@ -99,9 +99,18 @@ class Server:
 
     def status(self) -> messages.ServerStatus:
         """Ask the watchdog how the server is; what is final is not asked again."""
-        if self._status.phase != "gone" and not self._link.is_closed:
+        if self._status.phase == "gone":
+            return self._status
+        if not self._link.is_closed:
             self._status = self._link.request(messages.Status(self.key), messages.ServerStatus)
+        elif not self._is_there():
+            self._status = self._status.replaced(phase="gone", root_exited=True)
         return self._status
+
+    def _is_there(self) -> bool:
+        # Without a watchdog: its keeper stays until the tree is empty.
+        is_kept = self._launched.keeper and self._link.keeper_is_alive(self._launched.keeper)
+        return bool(is_kept) or procfs.is_alive(self.pid, self.start_time)
 
     @property
     def state(self) -> str:
@@ -121,7 +130,8 @@ class Server:
     def pids(self) -> list[int]:
         """Give the pids of the whole tree: the root, what it started, daemons included."""
         if self._launched.keeper:
-            found = procfs.descendants(self._launched.keeper) if self.is_alive else []
+            is_kept = self.is_alive and self._link.keeper_is_alive(self._launched.keeper)
+            found = procfs.descendants(self._launched.keeper) if is_kept else []
         else:
             is_there = procfs.is_alive(self.pid, self.start_time)
             found = [self.pid, *procfs.descendants(self.pid)] if is_there else []
@@ -173,7 +183,7 @@ class Server:
         return self._stop(messages.Stop([self.key], None, kill=True), 0.0)
 
     def _stop(self, stop: messages.Stop, limit_s: float) -> ServerOutcome:
-        if self._outcome is None:
+        if not self.has_ended:
             stopped = self._link.request(stop, messages.Stopped, timeout_s=limit_s)
             self.record(outcome_of(stopped.outcomes[0]))
         if self._outcome is None:
@@ -185,6 +195,11 @@ class Server:
         phase = "unkillable" if outcome.how == "unkillable" else "gone"
         self._status = messages.ServerStatus(self.key, phase, root_exited=True, returncode=outcome.returncode)
         self._outcome = outcome
+
+    @property
+    def has_ended(self) -> bool:
+        """Say whether its end is known for good; a server that was unkillable may still end."""
+        return self._outcome is not None and self._outcome.how != "unkillable"
 
     @property
     def outcome(self) -> ServerOutcome | None:

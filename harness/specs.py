@@ -27,7 +27,7 @@ class ServerSpec:
 
     name: str | None
     command: list[str] = field(default_factory=list)
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict, repr=False)
     templated: tuple[str, ...] = ()
     cwd: str = ""
     ready: Ready = None

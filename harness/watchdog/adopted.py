@@ -49,11 +49,21 @@ class Adopted:
         except OSError:
             return False
         found = procfs.stat(pid)
-        is_ours = found is not None and (found.parent == parent or found.start_time == start_time)
+        is_ours = found is not None and (found.start_time == start_time or self._is_child(found, parent))
         if found is None or found.state in "ZX" or not is_ours:
             os.close(descriptor)
             return False
         self.pidfds[pid] = descriptor
+        return True
+
+    def _is_child(self, found: procfs.Stat, parent: int | None) -> bool:
+        # The parent's number may have been given away: the parent must be there after the child was looked at.
+        if parent is None or found.parent != parent:
+            return False
+        try:
+            signal.pidfd_send_signal(self.pidfds[parent], 0)
+        except OSError:
+            return False
         return True
 
     def ask(self) -> None:

@@ -45,6 +45,7 @@ def _isolate(control: socket.socket) -> None:
     # Another keeper's socket, the Pipe to the test process or a held port in this process would outlive their owners.
     os.setsid()
     kernel.become_subreaper()
+    kernel.signal_at_parent_death(signal.SIGCONT)  # a keeper that was stopped must see the watchdog's end
     signal.set_wakeup_fd(-1)
     close_all_but({0, 1, 2, control.fileno()})
 

@@ -22,7 +22,7 @@ def become_subreaper() -> None:
     _call(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def die_with_parent(signal: int) -> None:
+def signal_at_parent_death(signal: int) -> None:
     """Have the kernel send this process `signal` when its parent dies. Survives execve, not inherited by children."""
     _call(_PR_SET_PDEATHSIG, signal)
 

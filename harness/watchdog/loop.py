@@ -224,15 +224,19 @@ class Loop:
 
     def _spawn(self, effect: events.Spawn) -> None:
         # Idle watchdogs are many, and need no sockets: the first launch imports what all launches need.
-        from harness.watchdog.kept import Kept  # noqa: PLC0415 - see above
-
         try:
+            from harness.watchdog.kept import Kept  # noqa: PLC0415 - see above
+
             kept = Kept(effect.key, effect.launch, self._log, crash_grace_s=self._crash_grace_s)
-        except OSError as error:
-            self._tell(events.LaunchFailed(effect.key, f"{effect.launch.name!r}: cannot launch: {error.strerror}"))
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing was started, and the client must be told
+            reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+            self._tell(events.LaunchFailed(effect.key, f"{effect.launch.name!r}: cannot launch: {reason}"))
             return
         self._kept[kept.key] = self._keepers[kept.pid] = kept
-        self._watch(kept.control.fileno(), lambda: self._read_keeper(kept))
+        try:
+            self._watch(kept.control.fileno(), lambda: self._read_keeper(kept))
+        except OSError:
+            kept.end_keeper()  # unheard it is of no use; its end is seen, and its tree swept
 
     def _take(self, effect: events.Take) -> None:
         self._adopting.take(effect.key, effect.adopt)

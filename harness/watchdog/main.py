@@ -33,6 +33,9 @@ def main(config: Config) -> NoReturn:
     log = Log(config["log"])
     try:
         os.set_inheritable(config["pipe"], False)
+        # Were it stopped, it must see the test process's end. The signal comes when the thread that forked it ends; it
+        # is harmless then.
+        kernel.signal_at_parent_death(signal.SIGCONT)
         owners = _open_owners(config["client"], config["controller"])
         kernel.become_subreaper()
         kernel.set_name("harness-watchd")

@@ -56,7 +56,7 @@ def _execute(launch: Launch, keeper: int, failure_pipe: int) -> NoReturn:
     doing = "prepare to execute"
     try:
         os.setsid()
-        kernel.die_with_parent(signal.SIGKILL)
+        kernel.signal_at_parent_death(signal.SIGKILL)
         if os.getppid() != keeper:
             os._exit(127)
         doing = f"open the log file {launch.log_path!r}"

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 KEEPER_ANSWER_S = 1.0
 # How long SIGKILL may take before a process is reported as unkillable; a keeper counts the same time on its own.
 KILL_LIMIT_S = 5.0
+# The root of a lost keeper is dead. What it left has a short grace: nobody would sweep it if the watchdog died as well.
+LOST_GRACE_S = 1.0
 
 
 class _Server:
@@ -274,7 +276,7 @@ class Supervisor:
         server.stop_began = now if server.stop_began is None else server.stop_began
         kill_at_once = server.was_killed
         server.was_killed = True
-        limit = now if kill_at_once else now + min(server.grace_s, self._crash_grace_s)
+        limit = now if kill_at_once else now + min(server.grace_s, self._crash_grace_s, LOST_GRACE_S)
         server.deadline = limit if server.deadline is None else min(server.deadline, limit)
         self._effects.append(events.SweepOrphans(kill=kill_at_once))
 

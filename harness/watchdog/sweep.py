@@ -40,13 +40,13 @@ class Sweeper:
         groups = {_group_of(pid) for pid in tops} - {None, os.getpgid(0)}
         for group in groups:
             _send(os.killpg, group or 0)
-        alive = [pid for pid in tops if _strike_child(pid)]
-        queue = list(tops)
-        while queue:
-            parent = queue.pop()
-            below = procfs.children(parent)
-            alive += [pid for pid in below if _strike(pid, parent)]
-            queue += below
+        found = [stat for stat in map(procfs.stat, tops) if stat is not None]
+        alive = [stat.pid for stat in found if _strike_child(stat)]
+        while found:
+            parent = found.pop()
+            below = [stat for pid in procfs.children(parent.pid) if (stat := _strike(pid, parent)) is not None]
+            alive += [stat.pid for stat in below if stat.state not in "ZX"]
+            found += below
         is_new = not self._struck.issuperset(alive)
         self._struck.update(alive)
         return Round(is_new, alive)
@@ -79,27 +79,28 @@ def _group_of(child: int) -> int | None:
         return None
 
 
-def _strike_child(pid: int) -> bool:
-    found = procfs.stat(pid)
-    if found is None or found.state in "ZX":
+def _strike_child(child: procfs.Stat) -> bool:
+    if child.state in "ZX":
         return False
-    _send(os.kill, pid)
+    _send(os.kill, child.pid)
     return True
 
 
-def _strike(pid: int, parent: int) -> bool:
+def _strike(pid: int, parent: procfs.Stat) -> procfs.Stat | None:
     try:
         descriptor = os.pidfd_open(pid)
     except OSError:
-        return False
+        return None
     try:
         found = procfs.stat(pid)
-        if found is None or found.parent != parent or found.state in "ZX":
-            return False
+        again = procfs.stat(parent.pid)
+        # A parent further down may have been reaped, and its number given to a process with children of its own.
+        if found is None or found.parent != parent.pid or again is None or again.start_time != parent.start_time:
+            return None
         _send(signal.pidfd_send_signal, descriptor)
     finally:
         os.close(descriptor)
-    return True
+    return found
 
 
 def _send(send: Callable[[int, int], None], target: int, number: int = signal.SIGKILL) -> None:

@@ -242,3 +242,23 @@ def test_a_plain_script_needs_no_pytest(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout == "asked\n"
+
+
+def test_no_value_of_the_environment_is_in_a_failing_tests_output(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("API_TOKEN", "sekrit123")
+    pytester.makepyfile(
+        """
+        import os, signal
+        def test_fail(server_group):
+            server_group.launch(["/no/such/program"], env={"OTHER_TOKEN": "".join(["sek", "rit456"])})
+        def test_died(server_group, watchdog):
+            os.kill(watchdog.pid, signal.SIGKILL)
+            server_group.launch(["sleep", "1"], env={"OTHER_TOKEN": "".join(["sek", "rit456"])})
+        """
+    )
+    for options in ((), ("-l", "-vvv")):
+        result = run(pytester, *options)
+        assert "cannot execute '/no/such/program'" in result.stdout.str()
+        assert "sekrit" not in result.stdout.str() + result.stderr.str()

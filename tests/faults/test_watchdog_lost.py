@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from typing import TYPE_CHECKING
 
@@ -88,3 +89,86 @@ def test_an_interpreter_that_cannot_be_executed_is_named(
         with pytest.raises(harness.WatchdogDied):
             broken.close()
     assert watchdog.is_alive
+
+
+def test_a_stopped_watchdog_sees_its_test_process_die(tmp_path: Path) -> None:
+    script = f"""
+import os, signal, sys
+import harness
+watchdog = harness.Watchdog(state_dir={str(tmp_path / "state")!r}, crash_grace_s=0.5).start()
+server = watchdog.launch([sys.executable, "-I", "-S", {str(TREE_SERVER)!r}, {str(tmp_path)!r}, "--ignore"],
+                         ready=harness.log_line("ready")).wait_ready(timeout_s=30)
+print(*[watchdog.pid, *server.pids()], flush=True)
+signal.pause()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        pids = [int(pid) for pid in client.stdout.readline().split()]
+        with Watched(pids) as watched:
+            os.kill(pids[0], signal.SIGSTOP)
+            client.kill()
+            assert watched.wait_gone(10.0) == []
+
+
+def test_a_stopped_keeper_sees_its_watchdog_die(watchdog: harness.Watchdog, tmp_path: Path) -> None:
+    server = launch(watchdog, tmp_path, "--ignore")
+    found = procfs.stat(server.pid)
+    assert found is not None
+    with Watched([*server.pids(), found.parent]) as watched:
+        os.kill(found.parent, signal.SIGSTOP)
+        os.kill(watchdog.pid or 0, signal.SIGKILL)
+        assert watched.wait_gone(10.0) == []
+
+
+def test_a_second_interrupt_ends_the_wait_for_a_stopped_watchdog(watchdog: harness.Watchdog, tmp_path: Path) -> None:
+    server = launch(watchdog, tmp_path)
+    interrupts = 0
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with Watched([*server.pids(), watchdog.pid or 0]) as watched:
+            os.kill(watchdog.pid or 0, signal.SIGSTOP)
+            signal.setitimer(signal.ITIMER_REAL, 0.3, 0.3)
+            with pytest.raises(KeyboardInterrupt):
+                watchdog.close()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert watched.wait_gone(10.0) == []
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert interrupts == 2
+    assert not watchdog.is_alive
+
+
+def test_close_from_a_signal_handler_while_it_closes(watchdog: harness.Watchdog, tmp_path: Path) -> None:
+    server = launch(watchdog, tmp_path, "--ignore")
+    previous = signal.signal(signal.SIGALRM, lambda _signal, _frame: watchdog.close())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        watchdog.close()
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert not server.is_alive
+
+
+def test_a_server_of_a_dead_watchdog_is_known_to_be_gone(watchdog: harness.Watchdog, tmp_path: Path) -> None:
+    server = launch(watchdog, tmp_path)
+    os.kill(watchdog.pid or 0, signal.SIGKILL)
+    with pytest.raises(harness.WatchdogDied):
+        watchdog.close()
+    assert not server.is_alive
+    assert server.pids() == []
+
+
+def test_an_environment_that_fills_the_pipe(watchdog: harness.Watchdog) -> None:
+    """It takes some 40 frames, more than the Pipe holds: none of them may be cut in two."""
+    text = "x" * 100_000
+    for _ in range(3):
+        server = watchdog.launch(["sleep", "100"], env={f"V{number}": text for number in range(14)})
+        assert server.is_alive
+        server.kill()

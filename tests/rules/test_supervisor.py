@@ -24,7 +24,7 @@ from harness.messages import (
 )
 from harness.watchdog import events
 from harness.watchdog.phases import Phase
-from harness.watchdog.supervisor import KEEPER_ANSWER_S, KILL_LIMIT_S
+from harness.watchdog.supervisor import KEEPER_ANSWER_S, KILL_LIMIT_S, LOST_GRACE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -412,14 +412,14 @@ def test_a_second_sign_that_the_client_has_gone_changes_nothing() -> None:
 
 @pytest.mark.parametrize("phase", ["LAUNCHING", "RUNNING", "DETACHED", "ASKED", "KILLED", "UNKILLABLE"])
 def test_what_a_lost_keeper_left_is_swept(phase: str) -> None:
-    """It is asked, unless it was being killed, and then killed after at most the crash grace."""
+    """It is asked, unless it was being killed, and then killed after a short grace."""
     driven = Driven()
     INTO[phase](driven)
     driven.tell(events.KeeperLost(1))
     was_killed = phase in {"KILLED", "UNKILLABLE"}
     assert driven.latest_acts == [events.SweepOrphans(kill=was_killed)]
-    assert driven.deadline_s == (0.0 if was_killed else CRASH_GRACE_S)
-    assert driven.tick(CRASH_GRACE_S) == [events.SweepOrphans(kill=True)]
+    assert driven.deadline_s == (0.0 if was_killed else LOST_GRACE_S)
+    assert driven.tick(LOST_GRACE_S) == [events.SweepOrphans(kill=True)]
     stop = driven.stop(1)
     driven.at(6.0).tell(events.OrphansGone())
     assert driven.stopped(stop).outcomes[0].how == "killed"

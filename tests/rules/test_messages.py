@@ -116,3 +116,8 @@ def test_every_cut_of_a_message_is_refused() -> None:
     for end in range(len(whole)):
         with pytest.raises(MessageError):
             decode(whole[:end])
+
+
+def test_a_launch_shows_no_environment() -> None:
+    assert "{port}" not in repr(EACH[0])
+    assert "command=['program'" in repr(EACH[0])

@@ -198,7 +198,7 @@ def test_arguments_and_values_need_not_be_utf_8(watchdog: harness.Watchdog) -> N
 def test_a_server_starts_with_default_signals_and_three_descriptors(watchdog: harness.Watchdog) -> None:
     script = "grep -E 'Sig(Blk|Ign)' /proc/self/status; ls /proc/self/fd; readlink /proc/self/fd/0"
     lines = ran(watchdog, ["sh", "-c", script])
-    assert [int(line.split()[1], 16) for line in lines[:2]] == [0, 0]
+    assert [processes.signal_set(line.split()[1]) for line in lines[:2]] == [0, 0]
     assert lines[2:] == ["0", "1", "2", "3", "/dev/null"]  # 3 is the directory that ls reads
 
 

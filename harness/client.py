@@ -195,9 +195,9 @@ class Watchdog(Launcher):
         link = self._started()
         limit = specs.optional_seconds(grace_s, "grace_s")
         chosen = list(dict.fromkeys(servers))
-        foreign = [server for server in chosen if server not in self.servers]
+        foreign = set(chosen) - set(self.servers)
         if foreign:
-            raise SpecError(f"{foreign[0]!r} is not a server of this watchdog")
+            raise SpecError(f"{foreign.pop()!r} is not a server of this watchdog")
         pending = [server for server in chosen if not server.has_ended]
         seconds = 0.0
         if pending:

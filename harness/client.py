@@ -75,6 +75,11 @@ class Watchdog(Launcher):
         self._link = Link(process)
         return self
 
+    @property
+    def link(self) -> Link:
+        """Give the connection to the watchdog process, for the plugin; raises HarnessError before it is started."""
+        return self._started()
+
     def _started(self) -> Link:
         if self._link is None:
             raise HarnessError("this watchdog has not been started: use `with Watchdog() as watchdog`, or call start()")
@@ -113,6 +118,7 @@ class Watchdog(Launcher):
             log_dir=str(self._log_dir),
             ask=spec.ask,
             grace_s=spec.grace_s,
+            deadline_s=spec.deadline_s,
         )
         try:
             return self._launch(link, request, replace(spec, name=name), log_path, register)

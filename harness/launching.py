@@ -42,12 +42,13 @@ class Launcher(Protocol):
         with `env` over it (None removes a name); the working directory is this process's, or `cwd`. `ready` is what
         `wait_ready` waits for, up to `ready_timeout_s` seconds (480). When the server is stopped, `grace_s` is the time
         between SIGTERM and SIGKILL, and `ask` says whether SIGTERM goes to the root or to its process group. Each of
-        `ports` names one more port to hold.
+        `ports` names one more port to hold. `deadline_s` seconds after its launch the watchdog stops the server,
+        whatever this process does; the test that launched it is then taken for hung, if it still runs.
 
         Raises SpecError (nothing was started) or LaunchFailed (the program could not be executed; nothing is left).
         """
         __tracebackhide__ = True  # the arguments hold environment values, which a traceback must not show
-        specs.not_yet(gpus=gpus, gpu_memory_mib=gpu_memory_mib, deadline_s=deadline_s)
+        specs.not_yet(gpus=gpus, gpu_memory_mib=gpu_memory_mib)
         spec = specs.ServerSpec(
             name=specs.optional_name(name),
             command=specs.command(command),
@@ -59,6 +60,7 @@ class Launcher(Protocol):
             grace_s=specs.seconds(grace_s, "grace_s"),
             ask=specs.ask(ask),
             ports=specs.ports(ports),
+            deadline_s=specs.optional_seconds(deadline_s, "deadline_s"),
         )
         specs.check_tokens(spec)
         return self.launch_spec(spec)

@@ -37,6 +37,7 @@ class Launch(Record):
     log_dir: str
     ask: str
     grace_s: float
+    deadline_s: float | None
 
     def __repr__(self) -> str:
         """Show no environment: it holds tokens, and tracebacks show arguments."""
@@ -85,6 +86,38 @@ class Close(Record):
     """Stop everything, reply, and end the watchdog."""
 
 
+class BeginTest(Record):
+    """A test begins. After `deadline_s` (None: only after that of a server of its own) it is taken for hung.
+
+    `signal` makes the test process write its stacks to the file `stacks` and look up; `grace_s` later it is ended, and
+    why is written to the file `report` and to the test process's file descriptor `stderr` (-1: it has none).
+    """
+
+    test: str
+    deadline_s: float | None
+    grace_s: float
+    signal: int
+    stacks: str
+    report: str
+    stderr: int
+
+
+class HoldTest(Record):
+    """A debugger has begun its work in the test (`is_held`) or has ended it: meanwhile no deadline passes."""
+
+    is_held: bool
+
+
+class InterruptSeen(Record):
+    """The test process runs Python code since the signal; `is_debugging`: a debugger is at work in it."""
+
+    is_debugging: bool
+
+
+class EndTest(Record):
+    """The test has ended, with its teardown."""
+
+
 # ---- replies
 
 
@@ -115,7 +148,10 @@ class Survivor(Record):
 
 
 class Outcome(Record):
-    """How one server ended. `how` is exited, asked, killed or unkillable; `returncode` is Popen's, None if unknown."""
+    """How one server ended. `how` is exited, asked, killed or unkillable; `returncode` is Popen's, None if unknown.
+
+    `reason` is as in `ServerStatus`.
+    """
 
     key: int
     name: str
@@ -124,6 +160,7 @@ class Outcome(Record):
     returncode: int | None
     seconds: float
     survivors: list[Survivor]
+    reason: str
 
 
 class Stopped(Record):
@@ -134,12 +171,22 @@ class Stopped(Record):
 
 
 class ServerStatus(Record):
-    """What the watchdog knows of a server now. `root_exited` says whether `returncode` is final."""
+    """What the watchdog knows of a server now. `root_exited` says whether `returncode` is final.
+
+    `reason` says why the watchdog has stopped it unasked, "" if it has not.
+    """
 
     key: int
     phase: str
     root_exited: bool
     returncode: int | None
+    reason: str
+
+
+class Overdue(Record):
+    """Why the running test is taken for hung; "" if it is not."""
+
+    reason: str
 
 
 class Done(Record):
@@ -191,8 +238,10 @@ class Unkilled(Record):
     survivors: list[Survivor]
 
 
-Request: TypeAlias = Launch | Adopt | Stop | SendSignal | Wait | Status | Close
-Reply: TypeAlias = Launched | Failed | Stopped | ServerStatus | Done
+Request: TypeAlias = (
+    Launch | Adopt | Stop | SendSignal | Wait | Status | Close | BeginTest | HoldTest | InterruptSeen | EndTest
+)
+Reply: TypeAlias = Launched | Failed | Stopped | ServerStatus | Overdue | Done
 Order: TypeAlias = AskOrder | KillOrder
 Report: TypeAlias = RootStarted | RootFailed | KillBegun | RootExit | TreeEmpty | Unkilled
 Message: TypeAlias = Request | Reply | Order | Report
@@ -201,7 +250,8 @@ _KINDS: dict[str, type[Message]] = {
     kind.__name__: kind
     for kind in (
         *(Launch, Adopt, Stop, SendSignal, Wait, Status, Close),
-        *(Launched, Failed, Stopped, ServerStatus, Done),
+        *(BeginTest, HoldTest, InterruptSeen, EndTest),
+        *(Launched, Failed, Stopped, ServerStatus, Overdue, Done),
         *(AskOrder, KillOrder),
         *(RootStarted, RootFailed, KillBegun, RootExit, TreeEmpty, Unkilled),
     )

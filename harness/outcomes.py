@@ -32,6 +32,7 @@ class ServerOutcome:
 
     `how` is "exited" (by itself), "asked" (SIGTERM was enough), "killed" or "unkillable". `returncode` is the root's,
     in `subprocess.Popen`'s convention, or None if it is not known (an adopted server). `seconds` is the stop's length.
+    `reason` says why the watchdog stopped it unasked (its deadline, or that of a hung test), "" if it did not.
     """
 
     name: str
@@ -40,10 +41,13 @@ class ServerOutcome:
     returncode: int | None
     seconds: float
     survivors: tuple[Survivor, ...] = ()
+    reason: str = ""
 
     def __str__(self) -> str:
         """Describe the outcome in one line."""
-        return f"{self.name!r} (pid {self.pid}): {self.how}, {signals.describe(self.returncode)}, {self.seconds:.3f} s"
+        why = f", since {self.reason}" if self.reason else ""
+        end = f"{self.how}, {signals.describe(self.returncode)}, {self.seconds:.3f} s"
+        return f"{self.name!r} (pid {self.pid}): {end}{why}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class StopReport:
 def outcome_of(wire: messages.Outcome) -> ServerOutcome:
     """Make the public outcome from the watchdog's."""
     survivors = tuple(Survivor(*survivor) for survivor in wire.survivors)
-    return ServerOutcome(wire.name, wire.pid, wire.how, wire.returncode, wire.seconds, survivors)
+    return ServerOutcome(wire.name, wire.pid, wire.how, wire.returncode, wire.seconds, survivors, wire.reason)
 
 
 def report_of(wire: messages.Stopped) -> StopReport:

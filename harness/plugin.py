@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from harness import session
 from harness.fixtures import server_group, watchdog
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from pluggy import Result
 
 __all__ = ["server_group", "watchdog"]
 
@@ -22,7 +28,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="keep the servers' logs in DIR (ini: harness_log_dir). By default they are in the state directory, and are"
         " removed a day after the run.",
     )
+    group.addoption(
+        "--harness-deadline",
+        metavar="S",
+        help="a test that has run for S seconds, its fixtures included, is taken for hung (ini: harness_deadline): its"
+        " servers are stopped, it fails with the stacks of all threads, and a process that does not react is ended",
+    )
     parser.addini("harness_log_dir", "keep the servers' logs in this directory")
+    parser.addini("harness_deadline", "seconds after which a test is taken for hung (default: never)")
+    parser.addini(
+        "harness_deadline_grace_s",
+        "seconds between a test's deadline and the end of its process, if the test still runs (default: 30.0)",
+    )
     parser.addini(
         "harness_crash_grace_s",
         "seconds between asking and killing each server when the test process has died (default: 5.0)",
@@ -32,7 +49,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fork the watchdog early, while this process is small; not in a pytest-xdist controller, which runs no test."""
+    config.addinivalue_line(
+        "markers",
+        "harness_deadline(seconds): take the test for hung after this time, its fixtures included (None: never)",
+    )
+    session.deadline_s(config)
     if not _is_controller(config):
+        session.keep_stderr(config)
         session.start(config)
 
 
@@ -40,6 +63,72 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_configure_node(node: Any) -> None:
     """Tell a pytest-xdist worker who its controller is: its servers are stopped when either of the two ends."""
     node.workerinput[session.CONTROLLER] = os.getpid()
+
+
+@pytest.hookimpl(hookwrapper=True, trylast=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, Result[None], None]:
+    """Say that the test begins: here, since plugins that repeat a test repeat this."""
+    session.begin_test(item)
+    with _phase(item):
+        yield
+
+
+@pytest.hookimpl(hookwrapper=True, trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Result[None], None]:
+    """Fail the test at once if its deadline passed where it could not be interrupted."""
+    watch = session.watched_test(item.config)
+    if watch is not None and watch.is_to_fail:
+        watch.fail()
+    with _phase(item):
+        yield
+
+
+@pytest.hookimpl(hookwrapper=True, trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, Result[None], None]:
+    """Say that the test has ended. What is torn down is torn down, also after the deadline."""
+    with _phase(item):
+        outcome = yield
+    session.end_test(item.config)
+    watch = session.watched_test(item.config)
+    if watch is not None and watch.is_unreported and outcome.exception is None:
+        outcome.force_exception(watch.failure())
+
+
+def _phase(item: pytest.Item) -> contextlib.AbstractContextManager[None]:
+    watch = session.watched_test(item.config)
+    return watch.phase() if watch is not None else contextlib.nullcontext()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Result[pytest.TestReport], None]:
+    """Show the stacks in the report of a test that hung."""
+    outcome = yield
+    watch = session.watched_test(item.config)
+    if watch is not None and watch.has_failed and outcome.get_result().failed:
+        watch.is_reported = True
+        outcome.get_result().sections.append(watch.section())
+
+
+def pytest_enter_pdb(config: pytest.Config) -> None:
+    """Let no deadline pass while a person debugs: pytest says so for --pdb, --trace, breakpoint() and pdb.set_trace."""
+    watch = session.watched_test(config)
+    if watch is not None:
+        watch.hold(is_held=True)
+
+
+def pytest_leave_pdb(config: pytest.Config) -> None:
+    """Let deadlines pass again."""
+    watch = session.watched_test(config)
+    if watch is not None:
+        watch.hold(is_held=False)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str, report: pytest.TestReport) -> None:
+    """Say in the report of a test during which a pytest-xdist worker ended that its watchdog did it, and why."""
+    text = session.hung_text(crashitem)
+    if text:
+        report.sections.append(("harness: why the worker was ended", text))
 
 
 def _is_controller(config: pytest.Config) -> bool:

@@ -24,12 +24,23 @@ class Stat(Record):
 
 def stat(pid: int) -> Stat | None:
     """Read a process's stat; None if there is no such process."""
-    text = _read(f"/proc/{pid}/stat")
-    if not text:
+    fields = stat_fields(pid)
+    if not fields:
         return None
-    # The command name is in parentheses, and may itself hold spaces and parentheses.
-    fields = text[text.rindex(b")") + 2 :].split()
     return Stat(pid, fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
+
+
+def stat_fields(pid: int) -> list[bytes]:
+    """Give the fields of /proc/PID/stat from the state on; none if there is no such process."""
+    text = _read(f"/proc/{pid}/stat")
+    # The command name is in parentheses, and may itself hold spaces and parentheses.
+    return text[text.rindex(b")") + 2 :].split() if text else []
+
+
+def status(pid: int) -> dict[str, str]:
+    """Give the lines of /proc/PID/status by their names; empty if there is no such process."""
+    lines = _read(f"/proc/{pid}/status").decode(errors="replace").splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def is_alive(pid: int, start_time: int) -> bool:

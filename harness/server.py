@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from harness.link import Link
 
-_NO_STATUS = messages.ServerStatus(0, "running", root_exited=False, returncode=None)
+_NO_STATUS = messages.ServerStatus(0, "running", root_exited=False, returncode=None, reason="")
 
 
 class Server:
@@ -193,7 +193,7 @@ class Server:
     def record(self, outcome: ServerOutcome) -> None:
         """Keep the outcome of a stop; one that is final is not asked for again."""
         phase = "unkillable" if outcome.how == "unkillable" else "gone"
-        self._status = messages.ServerStatus(self.key, phase, root_exited=True, returncode=outcome.returncode)
+        self._status = messages.ServerStatus(self.key, phase, True, outcome.returncode, outcome.reason)
         self._outcome = outcome
 
     @property
@@ -219,8 +219,10 @@ class Server:
         return ServerProcess(self)
 
     def describe_exit(self) -> str:
-        """Say how the root ended, in words."""
-        return signals.describe(self.returncode)
+        """Say how the root ended, and why the watchdog ended it if it did so unasked, in words."""
+        status = self.status()
+        why = f" (stopped by the watchdog: {status.reason})" if status.reason else ""
+        return signals.describe(status.returncode) + why
 
     def __enter__(self) -> Server:  # noqa: PYI034 - typing.Self is there from Python 3.11 on
         """Give the server itself."""

@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from harness.client import Watchdog
+    from harness.hung_tests import TestWatch
 
 _DEFAULT_CRASH_GRACE_S = 5.0
 _WATCHDOG = pytest.StashKey["Watchdog"]()
 _FORKED = pytest.StashKey[tuple[WatchdogProcess, "Path"]]()
 _FAILURE = pytest.StashKey[HarnessError]()
+_TESTS = pytest.StashKey["TestWatch"]()
+_STDERR = pytest.StashKey[int]()
+_CURRENT = pytest.StashKey[str]()
 # The key under which the controller tells its workers its pid.
 CONTROLLER = "harness_controller"
 
@@ -64,7 +68,87 @@ def watchdog_of(config: pytest.Config) -> Watchdog:
     if _WATCHDOG not in config.stash:
         process, run = config.stash[_FORKED]
         config.stash[_WATCHDOG] = Watchdog(log_dir=_log_dir(config)).attach(process, run)
+        _watch_tests(config, config.stash[_WATCHDOG], run)
     return config.stash[_WATCHDOG]
+
+
+# ---- deadlines of tests
+
+
+def keep_stderr(config: pytest.Config) -> None:
+    """Keep a way to this process's real standard error: while a test runs, pytest captures what goes there."""
+    descriptor = os.dup(2)
+    config.stash[_STDERR] = descriptor
+    config.add_cleanup(lambda: os.close(descriptor))
+
+
+def _watch_tests(config: pytest.Config, watchdog: Watchdog, run: Path) -> None:
+    from harness.hung_tests import DEFAULT_GRACE_S, TestWatch  # noqa: PLC0415 - see the top
+
+    if _STDERR not in config.stash:
+        return  # only the fixtures were imported: nobody tells when a test begins
+    controller = _controller(config)
+    reports = run if controller is None else state_dir.run_of(controller)
+    grace_s = _seconds(config, "harness_deadline_grace_s", None) or DEFAULT_GRACE_S
+    watch = TestWatch(watchdog.link, run, reports, grace_s=grace_s, stderr=config.stash[_STDERR])
+    config.stash[_TESTS] = watch
+    config.add_cleanup(watch.close)
+    if _CURRENT in config.stash:
+        watch.begin(config.stash[_CURRENT], None)  # in the midst of it
+
+
+def deadline_s(config: pytest.Config) -> float | None:
+    """Give the deadline of tests that have no marker; raises pytest.UsageError for what is no time."""
+    return _seconds(config, "harness_deadline", config.getoption("harness_deadline", None))
+
+
+def _seconds(config: pytest.Config, name: str, given: object) -> float | None:
+    text = str(given if given is not None else _ini(config, name) or "")
+    if not text:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise pytest.UsageError(f"{name} must be a number of seconds above 0, not {text!r}")
+    return seconds
+
+
+def begin_test(item: pytest.Item) -> None:
+    """Tell the watchdog, if it has been asked for or the test has a deadline, that this test begins."""
+    config = item.config
+    config.stash[_CURRENT] = item.nodeid
+    wanted_s = deadline_s(config)
+    if wanted_s is not None or item.get_closest_marker("harness_deadline") is not None:
+        from harness import hung_tests  # noqa: PLC0415 - see the top
+
+        wanted_s = hung_tests.deadline_of(item, wanted_s)
+        watchdog_of(config)
+    if _TESTS in config.stash:
+        config.stash[_TESTS].begin(item.nodeid, wanted_s)
+
+
+def end_test(config: pytest.Config) -> None:
+    """Tell the watchdog that the test has ended."""
+    del config.stash[_CURRENT]
+    if _TESTS in config.stash:
+        config.stash[_TESTS].end()
+
+
+def watched_test(config: pytest.Config) -> TestWatch | None:
+    """Give what watches the running test; None where no test has needed that."""
+    return config.stash.get(_TESTS, None)
+
+
+def hung_text(test: str) -> str:
+    """Give, in pytest-xdist's controller, why the process of this test was ended by its watchdog; "" if it was not."""
+    from harness.hung_tests import report_path  # noqa: PLC0415 - see the top
+
+    try:
+        return report_path(state_dir.run_of(os.getpid()), test).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _controller(config: pytest.Config) -> int | None:
@@ -80,14 +164,7 @@ def _log_dir(config: pytest.Config) -> Path | None:
 
 
 def _crash_grace_s(config: pytest.Config) -> float:
-    text = str(_ini(config, "harness_crash_grace_s") or _DEFAULT_CRASH_GRACE_S)
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise pytest.UsageError(f"harness_crash_grace_s must be a number of seconds above 0, not {text!r}")
-    return seconds
+    return _seconds(config, "harness_crash_grace_s", None) or _DEFAULT_CRASH_GRACE_S
 
 
 def _ini(config: pytest.Config, name: str) -> object:

@@ -35,6 +35,7 @@ class ServerSpec:
     grace_s: float = DEFAULT_GRACE_S
     ask: str = "root"
     ports: tuple[str, ...] = ()
+    deadline_s: float | None = None
 
 
 def text(value: object, what: str, *, may_be_empty: bool = False) -> str:

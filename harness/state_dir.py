@@ -52,8 +52,13 @@ def new_run(given: str | os.PathLike[str] | None = None) -> Path:
     """
     directory = find(given)
     prune(directory)
-    found = procfs.stat(os.getpid())
-    return directory / "runs" / f"{os.getpid()}-{found.start_time if found else 0}"
+    return run_of(os.getpid(), directory)
+
+
+def run_of(pid: int, directory: Path | None = None) -> Path:
+    """Give the directory of the run of a process that is alive."""
+    found = procfs.stat(pid)
+    return (directory or find()) / "runs" / f"{pid}-{found.start_time if found else 0}"
 
 
 def prune(state_dir: Path) -> None:

@@ -11,7 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-    from harness.messages import Adopt, Launch, Reply, Request, Survivor
+    from harness.messages import Adopt, BeginTest, Launch, Reply, Request, Survivor
 
 # ---- events
 
@@ -88,6 +88,10 @@ class ClientGone(Record):
     reason: str
 
 
+class DebuggerSeen(Record):
+    """The test process was not interrupted: a debugger holds it (ptrace(2)), or its user has suspended it."""
+
+
 class Tick(Record):
     """A deadline has passed."""
 
@@ -104,6 +108,7 @@ Event: TypeAlias = (
     | OrphansGone
     | OrphansStuck
     | ClientGone
+    | DebuggerSeen
     | Tick
 )
 
@@ -168,6 +173,19 @@ class Answer(Record):
     reply: Reply
 
 
+class InterruptClient(Record):
+    """Make the test process write its stacks and look up, unless a debugger holds it."""
+
+    test: BeginTest
+
+
+class EndClient(Record):
+    """End the test process, which hangs in this test; `text` says why."""
+
+    test: BeginTest
+    text: str
+
+
 class Log(Record):
     """Write a line to the watchdog's log."""
 
@@ -178,4 +196,18 @@ class Leave(Record):
     """End the watchdog process."""
 
 
-Effect: TypeAlias = Spawn | Take | Ask | Kill | Signal | KillKeeper | SweepOrphans | Release | Answer | Log | Leave
+Effect: TypeAlias = (
+    Spawn
+    | Take
+    | Ask
+    | Kill
+    | Signal
+    | KillKeeper
+    | SweepOrphans
+    | Release
+    | Answer
+    | InterruptClient
+    | EndClient
+    | Log
+    | Leave
+)

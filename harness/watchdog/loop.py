@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import NoReturn
 
+    from harness.watchdog.client_process import ClientProcess
     from harness.watchdog.kept import Kept
     from harness.watchdog.log import Log
     from harness.watchdog.pipe import PipeEnd
@@ -34,15 +35,29 @@ _REQUESTS = (
     messages.Wait,
     messages.Status,
     messages.Close,
+    messages.BeginTest,
+    messages.HoldTest,
+    messages.InterruptSeen,
+    messages.EndTest,
 )
 
 
 class Loop:
     """Everything that the watchdog process does after it has been set up."""
 
-    def __init__(self, pipe: PipeEnd, owners: list[int], wakeup: int, log: Log, *, crash_grace_s: float) -> None:
+    def __init__(
+        self,
+        pipe: PipeEnd,
+        client: ClientProcess,
+        owners: list[int],
+        wakeup: int,
+        log: Log,
+        *,
+        crash_grace_s: float,
+    ) -> None:
         """Take the Pipe, pidfds on the processes whose end is the run's end, and the descriptor that signals wake."""
         self._pipe = pipe
+        self._client = client
         self._owners = owners
         self._wakeup = wakeup
         self._log = log
@@ -65,6 +80,8 @@ class Loop:
             events.SweepOrphans: lambda effect: self._orphans.begin(kill=effect.kill),
             events.Release: self._release,
             events.Answer: self._answer,
+            events.InterruptClient: self._interrupt_client,
+            events.EndClient: self._end_client,
             events.Log: lambda effect: self._log.write(effect.text),
             events.Leave: lambda _effect: self._leave(),
         }
@@ -271,6 +288,14 @@ class Loop:
         kept = self._kept.pop(effect.key, None)
         if kept is not None:
             kept.release()
+
+    def _interrupt_client(self, effect: events.InterruptClient) -> None:
+        if not self._client.interrupt(effect.test.signal):
+            self._tell(events.DebuggerSeen())
+
+    def _end_client(self, effect: events.EndClient) -> None:
+        self._log.write(effect.text)
+        self._client.end(effect.test, effect.text)
 
     def _answer(self, effect: events.Answer) -> None:
         self._pipe.send(effect.request_id, messages.encode(effect.reply))

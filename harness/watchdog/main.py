@@ -7,6 +7,7 @@ import signal
 
 from harness import procfs
 from harness.watchdog import kernel
+from harness.watchdog.client_process import ClientProcess
 from harness.watchdog.log import Log
 from harness.watchdog.loop import Loop
 from harness.watchdog.pipe import PipeEnd
@@ -39,7 +40,8 @@ def main(config: Config) -> NoReturn:
         owners = _open_owners(config["client"], config["controller"])
         kernel.become_subreaper()
         kernel.set_name("harness-watchd")
-        loop = Loop(PipeEnd(config["pipe"]), owners, _wakeup(), log, crash_grace_s=config["crash_grace_s"])
+        client = ClientProcess(config["client"], owners[0])
+        loop = Loop(PipeEnd(config["pipe"]), client, owners, _wakeup(), log, crash_grace_s=config["crash_grace_s"])
         loop.run()
     except BaseException as error:  # noqa: BLE001 - whatever it is, the keepers must learn of it by this process's end
         log.mistake(error)

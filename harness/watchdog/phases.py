@@ -22,6 +22,11 @@ class Phase(Enum):
     GONE = "gone"  # no process of it is left
 
     @property
+    def is_up(self) -> bool:
+        """Say whether nobody has begun to end it, and it has not ended."""
+        return self in {Phase.LAUNCHING, Phase.RUNNING, Phase.DETACHED}
+
+    @property
     def is_over(self) -> bool:
         """Say whether a stop has nothing more to wait for."""
         return self in {Phase.GONE, Phase.UNKILLABLE}

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from harness.messages import (
     Adopt,
+    BeginTest,
     Close,
     Done,
+    EndTest,
     Failed,
+    HoldTest,
+    InterruptSeen,
     Launch,
     Launched,
     Outcome,
+    Overdue,
     Reply,
     Request,
     SendSignal,
@@ -25,6 +30,7 @@ from harness.messages import (
     Wait,
 )
 from harness.watchdog import events
+from harness.watchdog.hangs import Hangs, StopServers
 from harness.watchdog.phases import Phase, Sign, after
 
 TYPE_CHECKING = False
@@ -42,11 +48,14 @@ LOST_GRACE_S = 1.0
 class _Server:
     """What the supervisor knows of one server."""
 
-    def __init__(self, key: int, name: str, grace_s: float, launch_id: int) -> None:
+    def __init__(self, key: int, name: str, grace_s: float) -> None:
         self.key = key
         self.name = name
         self.grace_s = grace_s
-        self.launch_id: int | None = launch_id
+        self.launch_id: int | None = key
+        self.deadline_s = 0.0
+        self.overdue_at: float | None = None
+        self.reason = ""
         self.phase = Phase.LAUNCHING
         self.pid = 0
         self.root_exited = False
@@ -64,7 +73,8 @@ class _Server:
         seconds = 0.0
         if self.stop_began is not None and self.stop_ended is not None:
             seconds = self.stop_ended - self.stop_began
-        return Outcome(self.key, self.name, self.pid, self._how(), self.returncode, seconds, self.survivors)
+        how = self._how()
+        return Outcome(self.key, self.name, self.pid, how, self.returncode, seconds, self.survivors, self.reason)
 
     def _how(self) -> str:
         if self.phase is Phase.UNKILLABLE:
@@ -74,7 +84,7 @@ class _Server:
         return "asked" if self.was_asked else "exited"
 
     def status(self) -> ServerStatus:
-        return ServerStatus(self.key, self.phase.value, self.root_exited, self.returncode)
+        return ServerStatus(self.key, self.phase.value, self.root_exited, self.returncode, self.reason)
 
 
 class _Stopping:
@@ -110,6 +120,7 @@ class Supervisor:
         self._servers: dict[int, _Server] = {}
         self._stoppings: list[_Stopping] = []
         self._waitings: list[_Waiting] = []
+        self._hangs = Hangs()
         self._client_is_gone = False
         self._is_closing = False
         self._effects: list[Effect] = []
@@ -123,6 +134,8 @@ class Supervisor:
             self._on_client_gone(event.reason, now)
         elif isinstance(event, (events.OrphansGone, events.OrphansStuck)):
             self._on_orphans(event, now)
+        elif isinstance(event, events.DebuggerSeen):
+            self._hangs.debugger_seen(now)
         elif isinstance(event, events.Tick):
             self._on_tick(now)
         else:
@@ -133,28 +146,37 @@ class Supervisor:
     def next_deadline(self) -> float | None:
         """Give the time of the next Tick that is needed, or None."""
         times = [server.deadline for server in self._servers.values() if server.deadline is not None]
+        times += [server.overdue_at for server in self._servers.values() if server.overdue_at is not None]
         times += [waiting.deadline for waiting in self._waitings]
+        times += [self._hangs.deadline] if self._hangs.deadline is not None else []
         return min(times, default=None)
 
     # ---- requests
 
     def _on_request(self, request_id: int, request: Request, now: float) -> None:
         if isinstance(request, (Launch, Adopt)):
-            self._on_launch(request_id, request)
+            self._on_launch(request_id, request, now)
         elif isinstance(request, Close):
             self._is_closing = True
+            self._hangs.end()
             self._stop(request_id, list(self._servers), None, now, leave=True, kill=False)
+        elif isinstance(request, (BeginTest, HoldTest, InterruptSeen, EndTest)):
+            self._on_test(request_id, request, now)
         else:
             self._on_server_request(request_id, request, now)
 
-    def _on_launch(self, request_id: int, request: Launch | Adopt) -> None:
+    def _on_launch(self, request_id: int, request: Launch | Adopt, now: float) -> None:
         if self._is_closing or self._client_is_gone:
             self._answer(request_id, Failed("HarnessError", "the watchdog is stopping: it starts nothing more"))
             return
         # The client chose the number, so it can stop a server whose launch it did not see the end of.
         key = request_id
-        self._servers[key] = _Server(key, request.name, request.grace_s, request_id)
+        server = self._servers[key] = _Server(key, request.name, request.grace_s)
+        self._hangs.launched(key)
         if isinstance(request, Launch):
+            if request.deadline_s is not None:
+                server.deadline_s = request.deadline_s
+                server.overdue_at = now + request.deadline_s
             self._effects.append(events.Spawn(key, request))
         else:
             self._effects.append(events.Take(key, request))
@@ -191,12 +213,13 @@ class Supervisor:
         else:
             self._ask(servers, grace_s, now)
 
-    def _ask(self, servers: list[_Server], grace_s: float | None, now: float) -> None:
+    def _ask(self, servers: list[_Server], grace_s: float | None, now: float, reason: str = "") -> None:
         asked: list[int] = []
         for server in servers:
             if self._move(server, Sign.ASK) and server.phase is Phase.ASKED:
                 server.was_asked = True
                 server.stop_began = now
+                server.reason = reason
                 asked.append(server.key)
             if server.phase is Phase.ASKED:
                 self._shorten(server, now + (server.grace_s if grace_s is None else grace_s))
@@ -223,8 +246,45 @@ class Supervisor:
         if self._client_is_gone:
             return
         self._client_is_gone = True
+        self._hangs.end()
         self._log(f"{reason}: stopping {sum(not s.phase.is_over for s in self._servers.values())} servers")
         self._ask(list(self._servers.values()), None, now)
+
+    # ---- tests
+
+    def _on_test(self, request_id: int, request: BeginTest | HoldTest | InterruptSeen | EndTest, now: float) -> None:
+        reply: Reply = Done()
+        if isinstance(request, BeginTest):
+            self._hangs.begin(request, now)
+        elif isinstance(request, HoldTest):
+            self._hangs.hold(now, is_held=request.is_held)
+        elif isinstance(request, InterruptSeen):
+            reply = Overdue(self._hangs.interrupt_seen(now, is_debugging=request.is_debugging))
+        else:
+            self._hangs.end()
+        self._answer(request_id, reply)
+
+    def _stop_overdue(self, now: float) -> None:
+        for server in self._servers.values():
+            if server.overdue_at is not None and server.overdue_at <= now:
+                server.overdue_at = None
+                reason = f"its deadline of {server.deadline_s:g} s has passed"
+                self._ask([server], None, now, reason)
+                self._hangs.server_is_overdue(server.key, f"{server.name!r} was stopped, since {reason}", now)
+        for act in self._hangs.due(now):
+            if isinstance(act, StopServers):
+                self._stop_for_hang(act, now)
+            else:
+                self._effects.append(act)
+
+    def _stop_for_hang(self, act: StopServers, now: float) -> None:
+        keys = list(self._servers) if act.keys is None else act.keys
+        servers = [self._servers[key] for key in keys]
+        self._ask(servers, None, now, act.reason)
+        for server in servers:
+            if server.phase is Phase.ASKED:
+                # The hung process is ended soon: its servers have the time that a dead one's have.
+                self._shorten(server, now + self._crash_grace_s)
 
     # ---- what happens to servers
 
@@ -300,6 +360,7 @@ class Supervisor:
             self._fail_launch(server, f"{server.name!r} ended before its program was executed")
 
     def _on_tick(self, now: float) -> None:
+        self._stop_overdue(now)
         due = [s for s in self._servers.values() if s.deadline is not None and s.deadline <= now]
         self._kill([server for server in due if server.phase is Phase.ASKED], now)
         for server in due:
@@ -339,6 +400,8 @@ class Supervisor:
         phase = after(server.phase, sign)
         has_moved = phase is not server.phase
         server.phase = phase
+        if not phase.is_up:
+            server.overdue_at = None
         return has_moved
 
     def _answer(self, request_id: int, reply: Reply) -> None:

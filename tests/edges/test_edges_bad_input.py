@@ -61,7 +61,7 @@ WRONG: list[tuple[object, dict[str, Any], str]] = [
     (["sleep"], {"ports": [""]}, "a port's name is empty"),
     (["sleep"], {"gpus": 1}, "gpus= is not available"),
     (["sleep"], {"gpu_memory_mib": 1000}, "gpu_memory_mib= is not available"),
-    (["sleep"], {"deadline_s": 60.0}, "deadline_s= is not available"),
+    (["sleep"], {"deadline_s": 0}, "deadline_s must be more than 0 seconds"),
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from harness.messages import Adopt, Launch, ServerStatus, Status, Stop, Stopped
+from harness.messages import Adopt, BeginTest, Launch, ServerStatus, Status, Stop, Stopped
 from harness.watchdog import events
 from harness.watchdog.supervisor import Supervisor
 
@@ -17,9 +17,14 @@ _START = 1000.0
 _Kind = TypeVar("_Kind")
 
 
-def launch_of(name: str = "a", grace_s: float = 15.0) -> Launch:
+def launch_of(name: str = "a", grace_s: float = 15.0, deadline_s: float | None = None) -> Launch:
     """Give a request to launch a server."""
-    return Launch(name, ["program"], {}, [], "/", [], "/log", "/", "root", grace_s)
+    return Launch(name, ["program"], {}, [], "/", [], "/log", "/", "root", grace_s, deadline_s)
+
+
+def begin_of(deadline_s: float | None = 10.0, grace_s: float = 8.0) -> BeginTest:
+    """Give a request that begins a test."""
+    return BeginTest("test_a", deadline_s, grace_s, 51, "/stacks", "/report", 2)
 
 
 class DrivenSupervisor:

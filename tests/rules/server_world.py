@@ -8,9 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rules.driven_supervisor import DrivenSupervisor, launch_of
+from rules.driven_supervisor import DrivenSupervisor, begin_of, launch_of
 
-from harness.messages import Adopt, Close, SendSignal, Status, Stop, Survivor, Wait
+from harness.messages import (
+    Adopt,
+    Close,
+    EndTest,
+    HoldTest,
+    InterruptSeen,
+    SendSignal,
+    Status,
+    Stop,
+    Survivor,
+    Wait,
+)
 from harness.watchdog import events
 
 if TYPE_CHECKING:
@@ -94,9 +105,15 @@ class ServerWorld:
             SendSignal(key, 10),
             Wait(key, self._chance.choice(["exit", "gone"]), self._chance.choice([0.0, 1.0, 9.0])),
             Status(key),
+            begin_of(self._chance.choice([None, 0.5, 20.0])),
+            EndTest(),
+            HoldTest(self._chance.random() < 0.5),
+            InterruptSeen(self._chance.random() < 0.3),
         ]
         if len(self.trees) < _MOST_SERVERS:
-            requests += [launch_of(grace_s=self._chance.choice([1.0, 15.0])), Adopt("b", 50, 7, 2.0)] * 3
+            deadline_s = self._chance.choice([None, 2.0, 9.0])
+            requests += [launch_of(grace_s=self._chance.choice([1.0, 15.0]), deadline_s=deadline_s)] * 3
+            requests += [Adopt("b", 50, 7, 2.0)] * 3
         elif self._chance.random() < 0.05:
             requests = [Close()]
         return self._chance.choice(requests)
@@ -160,6 +177,8 @@ class ServerWorld:
         elif isinstance(effect, events.KillKeeper):
             assert self._living(effect.key).has_keeper
             self.tell(events.KeeperLost(effect.key))
+        elif isinstance(effect, events.EndClient):
+            self.end_client()
         elif isinstance(effect, events.Leave):
             self.has_left = True
 

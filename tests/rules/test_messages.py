@@ -24,6 +24,7 @@ EACH: list[Message] = [
         log_dir="/",
         ask="root",
         grace_s=1.5,
+        deadline_s=60.0,
     ),
     messages.Adopt("a", 50, 7, 15.0),
     messages.Stop([1, 2], None, kill=False),
@@ -34,11 +35,14 @@ EACH: list[Message] = [
     messages.Launched(1, 101, 2**63, 201, {"": 8000, "metrics": 8001}),
     messages.Failed("LaunchFailed", "no {port} \udc80"),
     messages.Stopped(
-        [Outcome(1, "a", 101, "unkillable", None, 0.1, [STUCK, STUCK]), Outcome(2, "b", 102, "asked", -15, 1.0, [])],
+        [
+            Outcome(1, "a", 101, "unkillable", None, 0.1, [STUCK, STUCK], ""),
+            Outcome(2, "b", 102, "asked", -15, 1.0, [], ""),
+        ],
         0.5,
     ),
     messages.Stopped([], 0.0),
-    messages.ServerStatus(1, "gone", root_exited=True, returncode=-9),
+    messages.ServerStatus(1, "gone", root_exited=True, returncode=-9, reason=""),
     messages.Done(),
     messages.AskOrder(root_asked=True),
     messages.KillOrder(),
@@ -48,6 +52,11 @@ EACH: list[Message] = [
     messages.RootExit(-15),
     messages.TreeEmpty(),
     messages.Unkilled([STUCK]),
+    messages.BeginTest("test_a", None, 30.0, 51, "/stacks", "/report", -1),
+    messages.HoldTest(is_held=True),
+    messages.InterruptSeen(is_debugging=False),
+    messages.EndTest(),
+    messages.Overdue("its deadline of 5 s has passed"),
 ]
 
 

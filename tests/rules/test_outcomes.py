@@ -10,8 +10,17 @@ from harness.outcomes import ServerOutcome, StopReport, Survivor, report_of
 
 WIRE = messages.Stopped(
     [
-        messages.Outcome(1, "a", 101, "asked", 0, 0.25, []),
-        messages.Outcome(2, "b", 102, "unkillable", None, 5.0, [messages.Survivor(103, "D", "nfs_wait", "program x")]),
+        messages.Outcome(1, "a", 101, "asked", 0, 0.25, [], ""),
+        messages.Outcome(
+            2,
+            "b",
+            102,
+            "unkillable",
+            None,
+            5.0,
+            [messages.Survivor(103, "D", "nfs_wait", "program x")],
+            "its deadline of 5 s has passed",
+        ),
     ],
     5.5,
 )
@@ -21,7 +30,11 @@ def test_a_report_is_made_from_the_watchdogs() -> None:
     stuck = Survivor(103, "D", "nfs_wait", "program x")
     report = report_of(WIRE)
     assert report == StopReport(
-        (ServerOutcome("a", 101, "asked", 0, 0.25), ServerOutcome("b", 102, "unkillable", None, 5.0, (stuck,))), 5.5
+        (
+            ServerOutcome("a", 101, "asked", 0, 0.25),
+            ServerOutcome("b", 102, "unkillable", None, 5.0, (stuck,), "its deadline of 5 s has passed"),
+        ),
+        5.5,
     )
     assert report.survivors == (stuck,)
     assert report.gpu is None
@@ -33,7 +46,7 @@ def test_a_leak_names_the_server_and_every_survivor() -> None:
     with pytest.raises(Leaked) as caught:
         report.raise_if_leaked()
     assert str(caught.value).splitlines()[1:] == [
-        "'b' (pid 102): unkillable, exit code unknown, 5.000 s",
+        "'b' (pid 102): unkillable, exit code unknown, 5.000 s, since its deadline of 5 s has passed",
         "  pid 103 in state D at nfs_wait: program x",
     ]
 

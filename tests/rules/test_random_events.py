@@ -7,10 +7,10 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
-from rules.driven_supervisor import DrivenSupervisor, launch_of
+from rules.driven_supervisor import DrivenSupervisor, begin_of, launch_of
 from rules.server_world import ServerWorld
 
-from harness.messages import Adopt, Close, SendSignal, Status, Stop, Wait
+from harness.messages import Adopt, Close, EndTest, HoldTest, InterruptSeen, SendSignal, Status, Stop, Wait
 from harness.watchdog import events
 from harness.watchdog.supervisor import KEEPER_ANSWER_S, KILL_LIMIT_S
 
@@ -79,12 +79,15 @@ def _do_anything(driven: DrivenSupervisor, chance: random.Random) -> None:
     key = chance.randint(1, len(driven.made(events.Spawn)) + len(driven.made(events.Take)))
     requests: list[Request] = [
         *(launch_of(), Adopt("b", 50, 7, 2.0), SendSignal(key, 10), Status(key), Close()),
+        *(begin_of(0.5), begin_of(None), EndTest(), HoldTest(is_held=True), HoldTest(is_held=False)),
+        *(InterruptSeen(is_debugging=True), InterruptSeen(is_debugging=False), launch_of(deadline_s=0.5)),
         *(Stop([key, key], None, kill=False), Stop([key], 0.5, kill=True), Wait(key, "gone", 1.0)),
     ]
     others: list[Event] = [
         *(events.Started(key, 100, 7, 200, {}), events.LaunchFailed(key, "no"), events.RootExited(key, 0)),
         *(events.TreeGone(key), events.KillSeen(key), events.TreeStuck(key, []), events.KeeperLost(key)),
         *(events.OrphansGone(), events.OrphansStuck([]), events.ClientGone("test"), events.Tick()),
+        events.DebuggerSeen(),
     ]
     if chance.random() < 0.4:
         driven.request(chance.choice(requests))

@@ -222,7 +222,7 @@ def test_a_stop_while_launching_asks_and_both_requests_are_answered() -> None:
     driven.tell(events.RootExited(key, -15))
     driven.at(2.0).tell(events.TreeGone(key))
     assert isinstance(driven.reply(1), Launched)
-    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "asked", -15, 2.0, [])]
+    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "asked", -15, 2.0, [], "")]
 
 
 @pytest.mark.parametrize("kill", [False, True])
@@ -318,14 +318,14 @@ def test_a_server_that_ends_before_its_deadline_is_not_killed() -> None:
     driven.tell(events.RootExited(key, 0))
     driven.at(0.75).tell(events.TreeGone(key))
     assert driven.tick(1.0) == []
-    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "asked", 0, 0.75, [])]
+    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "asked", 0, 0.75, [], "")]
 
 
 def test_what_outlives_its_root_is_asked_and_killed_like_a_root() -> None:
     driven = Driven()
     key = driven.running(grace_s=1.0)
     driven.tell(events.RootExited(key, 0))
-    assert driven.status(key) == ServerStatus(key, "detached", root_exited=True, returncode=0)
+    assert driven.status(key) == ServerStatus(key, "detached", root_exited=True, returncode=0, reason="")
     driven.stop(key)
     assert driven.latest == [events.Ask([key])]
     assert driven.tick(1.0) == [events.Kill([key])]
@@ -336,7 +336,7 @@ def test_a_server_that_ended_by_itself_is_reported_as_exited() -> None:
     key = driven.running()
     driven.tell(events.RootExited(key, 3))
     driven.at(1.0).tell(events.TreeGone(key))
-    assert driven.stopped(driven.stop(key)).outcomes == [Outcome(key, "a", 101, "exited", 3, 0.0, [])]
+    assert driven.stopped(driven.stop(key)).outcomes == [Outcome(key, "a", 101, "exited", 3, 0.0, [], "")]
 
 
 def test_what_was_held_is_given_back_exactly_once() -> None:
@@ -502,11 +502,11 @@ def test_what_cannot_be_killed_ends_the_stop_and_is_watched_on() -> None:
     driven.tick(1.0)
     driven.tell(events.KillSeen(key))
     driven.at(6.0).tell(events.TreeStuck(key, [STUCK]))
-    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "unkillable", None, 6.0, [STUCK])]
+    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "unkillable", None, 6.0, [STUCK], "")]
     assert driven.deadline_s is None
     driven.at(60.0).tell(events.TreeGone(key))
     assert driven.latest == [events.Release(key)]
-    assert driven.stopped(driven.stop(key)).outcomes == [Outcome(key, "a", 101, "killed", None, 6.0, [])]
+    assert driven.stopped(driven.stop(key)).outcomes == [Outcome(key, "a", 101, "killed", None, 6.0, [], "")]
 
 
 # ---- waits, signals, wrong requests
@@ -522,7 +522,7 @@ def test_a_wait_is_answered_when_what_it_waits_for_has_happened(until: str) -> N
     driven.tell(events.TreeGone(key))
     assert len(driven.replies[driven.request(Wait(key, until, 60.0))]) == 1
     phase = "detached" if until == "exit" else "gone"
-    assert driven.reply(wait) == ServerStatus(key, phase, root_exited=True, returncode=3)
+    assert driven.reply(wait) == ServerStatus(key, phase, root_exited=True, returncode=3, reason="")
     assert driven.deadline_s is None
 
 
@@ -533,7 +533,7 @@ def test_a_wait_ends_at_its_timeout() -> None:
     longer = driven.request(Wait(key, "gone", 3.0))
     assert driven.tick(1.9) == []
     driven.tick(2.0)
-    assert driven.reply(wait) == ServerStatus(key, "running", root_exited=False, returncode=None)
+    assert driven.reply(wait) == ServerStatus(key, "running", root_exited=False, returncode=None, reason="")
     assert driven.replies[longer] == []
 
 

@@ -1,0 +1,190 @@
+"""Tests that hang: the test process's part of what the watchdog does about them.
+
+The watchdog counts the time, since a hung process cannot. At the deadline it sends a signal to this process. Two things
+answer it: faulthandler, in C and without the GIL, writes the stacks of all threads to a file; and, once Python code can
+run, `TestWatch` fails the test, or says that a debugger is at work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import hashlib
+import os
+import re
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from harness import messages, specs
+from harness.errors import HarnessError, SpecError, WatchdogDied
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import FrameType
+
+    from harness.link import Link
+
+DEFAULT_GRACE_S = 30.0
+# A realtime signal (signal(7)): no signal of the C library, of Python or of pytest-timeout.
+_SIGNAL = signal.SIGRTMIN + 17
+# The first part of the name of a module whose code traces, or waits for a person, in a process that is being debugged.
+_DEBUGGERS = frozenset({"bdb", "pdb", "pydevd", "_pydevd_bundle", "_pydevd_frame_eval", "debugpy", "ipdb", "pudb"})
+
+_SECTION = "harness: the stacks of all threads when the deadline had passed, without pytest's own frames"
+_FRAME_OF_PYTEST = re.compile(r'File ".*/(_pytest|pytest|pluggy|xdist|execnet)/|File "<(frozen runpy|string)>"')
+
+# In-process runs of pytester are sessions within a test: the innermost has the signal.
+_watches: list[TestWatch] = []
+
+
+def report_path(run: Path, test: str) -> Path:
+    """Give the file in a run's directory in which the watchdog says why it has ended the process of a test."""
+    return run / f"hung-{hashlib.sha256(test.encode(errors='replace')).hexdigest()[:16]}.txt"
+
+
+def deadline_of(item: pytest.Item, default_s: float | None) -> float | None:
+    """Give a test's deadline in seconds: its marker's, else the default; raises SpecError for a wrong marker."""
+    marker = item.get_closest_marker("harness_deadline")
+    if marker is None:
+        return default_s
+    if len(marker.args) != 1 or marker.kwargs:
+        raise SpecError("@pytest.mark.harness_deadline takes one number of seconds, or None for no deadline")
+    return specs.optional_seconds(marker.args[0], "harness_deadline")
+
+
+class TestWatch:
+    """Tells the watchdog which test runs, and answers its signal."""
+
+    __test__ = False
+
+    def __init__(self, link: Link, run: Path, reports: Path, *, grace_s: float, stderr: int) -> None:
+        """Take the connection, the directories for stacks and reports, and this process's real standard error."""
+        self._link = link
+        self._reports = reports
+        self._grace_s = grace_s
+        self._stderr = stderr
+        self._reason = ""
+        self._may_raise = False
+        self.has_failed = False
+        self.is_reported = False
+        run.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._stacks_path = run / "stacks.txt"
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._stacks = os.open(self._stacks_path, flags, 0o600)
+        self._previous = self._listen()
+        _watches.append(self)
+
+    def _listen(self) -> object:
+        is_main = threading.current_thread() is threading.main_thread()
+        previous = signal.signal(_SIGNAL, self._on_signal) if is_main else signal.SIG_DFL
+        faulthandler.register(_SIGNAL, file=self._stacks, all_threads=True, chain=is_main)
+        return previous
+
+    def close(self) -> None:
+        """Answer no signal any more."""
+        _watches.remove(self)
+        # Between here and the end of this function the signal would end the process: no test is watched any more.
+        faulthandler.unregister(_SIGNAL)
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(_SIGNAL, signal.SIG_DFL)
+        if _watches:
+            _watches[-1]._listen()  # noqa: SLF001 - of the same class
+        os.close(self._stacks)
+
+    # ---- what the test process tells
+
+    def begin(self, test: str, deadline_s: float | None) -> None:
+        """Say that a test begins; raises WatchdogDied if nobody is there to watch its deadline."""
+        self._reason = ""
+        self.has_failed = self.is_reported = False
+        os.ftruncate(self._stacks, 0)
+        if deadline_s is not None and _is_traced():
+            deadline_s = None
+        report = report_path(self._reports, test)
+        begin = messages.BeginTest(
+            test, deadline_s, self._grace_s, _SIGNAL, str(self._stacks_path), str(report), self._stderr
+        )
+        with contextlib.nullcontext() if deadline_s is not None else contextlib.suppress(WatchdogDied):
+            self._tell(begin)
+
+    def end(self) -> None:
+        """Say that the test has ended; a watchdog that has died needs not know."""
+        with contextlib.suppress(WatchdogDied):
+            self._tell(messages.EndTest())
+
+    def hold(self, *, is_held: bool) -> None:
+        """Say that a debugger has begun or ended its work."""
+        with contextlib.suppress(WatchdogDied):
+            self._tell(messages.HoldTest(is_held))
+
+    def _tell(self, request: messages.Request) -> None:
+        if not self._link.is_closed:
+            self._link.request(request, messages.Done)
+
+    # ---- the signal
+
+    def _on_signal(self, _signal: int, frame: FrameType | None) -> None:
+        __tracebackhide__ = True
+        try:
+            seen = messages.InterruptSeen(_is_debugging(frame))
+            self._reason = self._link.request(seen, messages.Overdue).reason
+        except HarnessError:
+            return
+        if self._reason and self._may_raise:
+            self.fail()
+
+    @property
+    def is_to_fail(self) -> bool:
+        """Say whether the running test was taken for hung, and does not know it yet."""
+        return bool(self._reason) and not self.has_failed
+
+    @property
+    def is_unreported(self) -> bool:
+        """Say whether the test was taken for hung, and no report says so: it may have caught what was raised."""
+        return bool(self._reason) and not self.is_reported
+
+    def failure(self) -> BaseException:
+        """Give what the hung test fails with."""
+        self.has_failed = True
+        return pytest.fail.Exception(f"this test hangs: {self._reason}")
+
+    def fail(self) -> None:
+        """Fail the running test."""
+        __tracebackhide__ = True
+        raise self.failure()
+
+    @contextlib.contextmanager
+    def phase(self) -> Iterator[None]:
+        """Let the signal raise in here: pytest takes what is raised for the test's failure."""
+        self._may_raise = True
+        try:
+            yield
+        finally:
+            self._may_raise = False
+
+    def section(self) -> tuple[str, str]:
+        """Give the stacks as a section of the test's report."""
+        stacks = self._stacks_path.read_text(encoding="utf-8", errors="replace")
+        return (_SECTION, "\n".join(line for line in stacks.splitlines() if not _FRAME_OF_PYTEST.search(line)))
+
+
+def _is_traced() -> bool:
+    trace = sys.gettrace()
+    named = getattr(trace, "__module__", None) or type(trace).__module__
+    if trace is not None and str(named).split(".", 1)[0] in _DEBUGGERS:
+        return True
+    monitoring = getattr(sys, "monitoring", None)  # Python 3.12: debuggers may use it in place of settrace
+    return monitoring is not None and monitoring.get_tool(monitoring.DEBUGGER_ID) is not None
+
+
+def _is_debugging(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).split(".", 1)[0] in _DEBUGGERS:
+            return True
+        frame = frame.f_back
+    return _is_traced()

@@ -1,0 +1,389 @@
+"""Tests that hang, in real pytest runs: their servers are stopped, they fail with their stacks, and the run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import processes
+import pytest
+from faults.runs import Watched
+
+from harness import procfs
+from harness.hung_tests import _SIGNAL
+from harness.watchdog.client_process import ClientProcess
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PLAIN: tuple[str, ...] = ("-p", "no:xdist")
+XDIST = ("-n", "1")
+GRACE_S = 4.0
+
+SUITE = """
+import ctypes, os, pathlib, pdb, signal, sys, time, urllib.request
+import pytest
+import harness
+
+HERE = pathlib.Path(__file__).parent
+
+def note(name, servers):
+    (HERE / name).write_text(" ".join(str(pid) for server in servers for pid in server.pids()))
+
+@pytest.fixture(scope="session")
+def shared(watchdog):
+    server = watchdog.launch(["sleep", "600"], name="shared", grace_s=1.0)
+    note("shared", [server])
+    return server
+
+def test_before(shared):
+    pass
+
+def wait_in_the_client(group):
+    group.servers[0].wait()
+
+def sleep(group):
+    time.sleep(600)
+
+def ask_a_dead_server(group):
+    server = group.launch([sys.executable, "-m", "http.server", "{port}"], ready=harness.http_ok("/"))
+    server.wait_ready(timeout_s=30)
+    server.send_signal(signal.SIGSTOP)
+    urllib.request.urlopen(server.url())
+
+def stop_itself(group):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(600)
+
+def hold_the_gil(group):
+    libc, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)  # for ever, whatever signal comes
+
+def catch_everything(group):
+    while True:
+        try:
+            time.sleep(600)
+        except BaseException:
+            pass
+
+def hide_it(group):
+    try:
+        time.sleep(600)
+    except BaseException:
+        pass
+
+def test_hangs(server_group):
+    for name in ("a", "b"):
+        server_group.launch(["sh", "-c", "trap '' TERM; sleep 600 & wait; wait"], name=name, grace_s=60.0)
+    note("own", server_group.servers)
+    HANG(server_group)
+
+def test_after():
+    pass
+"""
+
+
+def suite(pytester: pytest.Pytester, hang: str, *, marker: str = "@pytest.mark.harness_deadline(2)") -> None:
+    text = SUITE.replace("def test_hangs", f"{marker}\ndef test_hangs").replace("HANG(", f"{hang}(")
+    pytester.makepyfile(test_suite=text)
+    pytester.makeini(f"[pytest]\nharness_deadline_grace_s = {GRACE_S}\nharness_crash_grace_s = 1.0\n")
+
+
+def run(pytester: pytest.Pytester, *options: str) -> tuple[pytest.RunResult, str]:
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-W", "error", *options, timeout=60)
+    return result, result.stdout.str() + result.stderr.str()
+
+
+def noted(path: Path, name: str) -> list[int]:
+    return [int(pid) for pid in (path / name).read_text(encoding="utf-8").split()]
+
+
+def check_nothing_is_left(path: Path) -> None:
+    for name in ("own", "shared"):
+        processes.wait_gone(noted(path, name), 15.0)
+
+
+@pytest.mark.parametrize("options", [PLAIN, XDIST], ids=["plain", "xdist"])
+@pytest.mark.parametrize(
+    "hang", ["sleep", "wait_in_the_client", "ask_a_dead_server", "stop_itself", "hide_it"], ids=str
+)
+def test_a_test_that_can_be_interrupted_fails_and_the_run_goes_on(
+    pytester: pytest.Pytester, hang: str, options: tuple[str, ...]
+) -> None:
+    suite(pytester, hang)
+    result, text = run(pytester, *options)
+    if hang == "hide_it":
+        result.assert_outcomes(passed=3, errors=1)  # the test itself passed; that it was late is not hidden
+    else:
+        result.assert_outcomes(passed=2, failed=1)
+    assert "this test hangs: its deadline of 2 s has passed" in text
+    assert re.search(rf'File ".*test_suite.py", line \d+ in {hang}\n', text), text
+    assert "_pytest/" not in text.split("harness: the stacks")[1].split("short test summary")[0]
+    check_nothing_is_left(pytester.path)
+
+
+@pytest.mark.parametrize("hang", ["hold_the_gil", "catch_everything"])
+def test_a_worker_that_cannot_be_interrupted_is_ended_and_replaced(pytester: pytest.Pytester, hang: str) -> None:
+    suite(pytester, hang)
+    result, text = run(pytester, *XDIST)
+    result.assert_outcomes(passed=2, failed=1)
+    assert "worker 'gw0' crashed while running 'test_suite.py::test_hangs'" in text
+    section = text.split("harness: why the worker was ended")[1]
+    assert "test_suite.py::test_hangs: its deadline of 2 s has passed, and it still runs 4 s later" in section
+    assert re.search(rf'File ".*test_suite.py", line \d+ in {hang}\n', section), text
+    check_nothing_is_left(pytester.path)
+
+
+@pytest.mark.parametrize("capture", ["-s", "--capture=fd", "--capture=sys"])
+def test_a_run_that_cannot_be_interrupted_says_why_it_is_ended(pytester: pytest.Pytester, capture: str) -> None:
+    suite(pytester, "hold_the_gil")
+    result, text = run(pytester, *PLAIN, capture)
+    assert result.ret == -9
+    assert "harness: test_suite.py::test_hangs: its deadline of 2 s has passed, and it still runs 4 s later" in text
+    assert re.search(r'File ".*test_suite.py", line \d+ in hold_the_gil\n', result.stderr.str()), text
+    check_nothing_is_left(pytester.path)
+
+
+def test_first_the_servers_of_the_hung_test_are_stopped_then_all(pytester: pytest.Pytester) -> None:
+    suite(pytester, "catch_everything")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *PLAIN]
+    with subprocess.Popen(command, cwd=pytester.path, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) as process:
+        processes.wait_for(lambda: noted_all(pytester.path), 30.0, "its servers")
+        own, shared = noted(pytester.path, "own"), noted(pytester.path, "shared")
+        with Watched([process.pid]) as client, Watched(shared) as others, Watched(own) as its:
+            assert its.wait_gone(15.0) == []  # 2 s, then 1 s without an answer, and a grace of 1 s
+            assert others.alive() == shared
+            assert others.wait_gone(15.0) == []
+            assert client.alive() == [process.pid]
+        assert process.wait(30) == -9
+
+
+def noted_all(path: Path) -> bool:
+    return all((path / name).exists() and noted(path, name) for name in ("own", "shared"))
+
+
+# ---- how a deadline is given
+
+
+@pytest.mark.parametrize(
+    ("options", "ini"),
+    [
+        (("--harness-deadline=1",), ""),
+        ((), "harness_deadline = 1"),
+        (("--harness-deadline=1",), "harness_deadline = 60"),
+    ],
+)
+def test_every_test_can_have_a_deadline(pytester: pytest.Pytester, options: tuple[str, ...], ini: str) -> None:
+    pytester.makepyfile(
+        """
+        import time, pytest
+
+        def test_quick(): pass
+        def test_hangs(): time.sleep(60)
+        @pytest.mark.harness_deadline(None)
+        def test_has_none(): time.sleep(1.5)
+        @pytest.mark.harness_deadline(30)
+        def test_has_longer(): time.sleep(1.5)
+        """
+    )
+    pytester.makeini(f"[pytest]\n{ini}\n")
+    result, text = run(pytester, *options)
+    result.assert_outcomes(passed=3, failed=1)
+    assert "FAILED test_every_test_can_have_a_deadline.py::test_hangs" in text
+
+
+@pytest.mark.parametrize("phase", ["setup", "teardown"])
+def test_a_fixture_that_hangs_is_named(pytester: pytest.Pytester, phase: str) -> None:
+    pytester.makepyfile(
+        f"""
+        import time, pytest
+
+        @pytest.fixture
+        def slow():
+            if {phase == "setup"}: time.sleep(60)
+            yield
+            time.sleep(60)
+
+        @pytest.mark.harness_deadline(1)
+        def test_hangs(slow): pass
+        def test_after(): pass
+        """
+    )
+    result, text = run(pytester)
+    result.assert_outcomes(passed=1 if phase == "setup" else 2, errors=1)
+    assert re.search(r'File ".*", line \d+ in slow\n', text), text
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "soon"])
+def test_a_wrong_option_is_an_error_at_once(pytester: pytest.Pytester, given: str) -> None:
+    pytester.makepyfile("def test_a(): pass")
+    for options in ((f"--harness-deadline={given}",), (f"--harness-deadline={given}", "-n", "1")):
+        result, text = run(pytester, *options)
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        assert f"harness_deadline must be a number of seconds above 0, not '{given}'" in text
+
+
+@pytest.mark.parametrize(
+    "marker", ["harness_deadline", "harness_deadline(0)", "harness_deadline('a')", "harness_deadline(1, 2)"]
+)
+def test_a_wrong_marker_is_an_error_of_its_test(pytester: pytest.Pytester, marker: str) -> None:
+    pytester.makepyfile(f"import pytest\n@pytest.mark.{marker}\ndef test_a(): pass\ndef test_b(): pass\n")
+    result, text = run(pytester)
+    result.assert_outcomes(passed=1, errors=1)
+    assert "SpecError" in text
+    assert "harness_deadline" in text
+
+
+def test_a_deadline_that_nobody_watches_is_an_error(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import os, signal, pytest
+
+        def test_kills_the_watchdog(watchdog):
+            os.kill(watchdog.pid, signal.SIGKILL)
+        @pytest.mark.harness_deadline(60)
+        def test_needs_it(): pass
+        def test_does_not(): pass
+        """
+    )
+    result, text = run(pytester)
+    result.assert_outcomes(passed=2, errors=1)
+    assert "WatchdogDied" in text
+    assert "ERROR at setup of test_needs_it" in text
+
+
+def test_a_run_within_a_run_has_deadlines_of_its_own(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest("pytest_plugins = ['pytester']")
+    pytester.makepyfile(
+        """
+        import time, pytest
+
+        @pytest.mark.harness_deadline(8)
+        def test_outer(pytester):
+            pytester.makepyfile(
+                "import time, pytest\\n@pytest.mark.harness_deadline(1)\\ndef test_inner(): time.sleep(60)"
+            )
+            pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(failed=1)
+            time.sleep(60)
+        def test_after(): pass
+        """
+    )
+    result, text = run(pytester)
+    result.assert_outcomes(passed=1, failed=1)
+    assert "this test hangs: its deadline of 8 s has passed" in text
+
+
+# ---- debuggers
+
+DEBUGGED = """
+import bdb, ctypes, os, pathlib, pdb, subprocess, sys, time
+import pytest
+
+@pytest.mark.harness_deadline(0.5)
+def test_is_debugged(server_group):
+    server = server_group.launch(["sleep", "600"])
+    (pathlib.Path(__file__).parent / "pid.tmp").write_text(str(server.pid))
+    (pathlib.Path(__file__).parent / "pid.tmp").rename(pathlib.Path(__file__).parent / "pid")
+    DEBUG
+    assert server.is_alive
+
+def test_after(): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("debug", "options"),
+    [
+        ("breakpoint()", ()),
+        ("pdb.set_trace()", ("-s",)),
+        ("pdb.Pdb().set_trace()", ("-s",)),  # behind pytest's back
+        ("pass", ("--trace",)),
+        ("assert False", ("--pdb",)),
+    ],
+)
+def test_a_person_at_a_debugger_has_all_the_time(
+    pytester: pytest.Pytester, debug: str, options: tuple[str, ...]
+) -> None:
+    pytester.makepyfile(test_suite=DEBUGGED.replace("DEBUG", debug))
+    pytester.makeini("[pytest]\nharness_deadline_grace_s = 1\n")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
+    with subprocess.Popen(
+        command, cwd=pytester.path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdin is not None
+        if "--trace" in options:
+            process.stdin.write("b 10\nc\n")  # to the line that follows the launch
+            process.stdin.flush()
+        processes.wait_for((pytester.path / "pid").exists, 30.0, "its server")
+        server = int((pytester.path / "pid").read_text(encoding="utf-8"))
+        with Watched([server, process.pid]) as watched:
+            assert sorted(watched.wait_gone(3.0)) == sorted([server, process.pid])
+        output, _ = process.communicate("c\n" * 4, timeout=30)
+    assert "hangs" not in output
+    assert ("2 passed" in output) == (debug != "assert False"), output
+
+
+def test_a_process_that_is_traced_has_all_the_time(pytester: pytest.Pytester) -> None:
+    trace = "ctypes.CDLL(None, use_errno=True).ptrace"
+    seize = f"import ctypes, sys; assert {trace}(0x4206, int(sys.argv[1]), None, None) == 0; print(flush=True); input()"
+    debug = f"""tracer = subprocess.Popen([sys.executable, "-c", {seize!r}, str(os.getpid())], stdin=-1, stdout=-1)
+    tracer.stdout.readline()
+    time.sleep(4)  # with a deadline of 2 s
+    tracer.communicate(b"\\n")"""
+    pytester.makepyfile(test_suite=DEBUGGED.replace("DEBUG", debug).replace("(0.5)", "(2)"))
+    run(pytester)[0].assert_outcomes(passed=2)
+
+
+@pytest.mark.parametrize("is_suspended", [True, False])
+def test_a_process_that_its_user_has_suspended_has_all_the_time(tmp_path: Path, *, is_suspended: bool) -> None:
+    """Ctrl-Z in a shell stops the foreground group, and the shell takes the terminal back."""
+    user, terminal = pty.openpty()
+    marks = tmp_path / "marks"
+    script = (
+        f"import signal; signal.signal({_SIGNAL}, lambda *_: open({str(marks)!r}, 'w').close()); print(flush=True);"
+    )
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(os.close, user)
+        # A shell: it leads the terminal's session, and has one job in a group of its own.
+        shell = subprocess.Popen(
+            [sys.executable, "-c", _SHELL, script + " signal.pause(); signal.pause()", str(int(is_suspended))],
+            stdin=terminal,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            text=True,
+        )
+        at_the_end.enter_context(shell)
+        os.close(terminal)
+        assert shell.stdout is not None
+        job = int(shell.stdout.readline())
+        at_the_end.callback(shell.kill)
+        pidfd = os.pidfd_open(job)
+        at_the_end.callback(os.close, pidfd)
+        at_the_end.callback(signal.pidfd_send_signal, pidfd, signal.SIGKILL)
+        os.kill(job, signal.SIGSTOP)
+        processes.wait_for(lambda: procfs.status(job)["State"].startswith("T"), 10.0, "the job stops")
+        assert ClientProcess(job, pidfd).interrupt(_SIGNAL) is not is_suspended
+        if is_suspended:
+            assert procfs.status(job)["State"].startswith("T")
+        else:
+            processes.wait_for(marks.exists, 10.0, "the signal's handler")
+
+
+_SHELL = """
+import fcntl, os, signal, subprocess, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+job = subprocess.Popen([sys.executable, "-c", sys.argv[1]], preexec_fn=os.setpgrp, stdout=subprocess.PIPE)
+job.stdout.readline()
+if sys.argv[2] == "0":
+    os.tcsetpgrp(0, job.pid)
+print(job.pid, flush=True)
+job.wait()
+"""

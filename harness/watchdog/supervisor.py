@@ -17,12 +17,10 @@ from harness.messages import (
     InterruptSeen,
     Launch,
     Launched,
-    Outcome,
     Overdue,
     Reply,
     Request,
     SendSignal,
-    ServerStatus,
     Status,
     Stop,
     Stopped,
@@ -30,8 +28,10 @@ from harness.messages import (
     Wait,
 )
 from harness.watchdog import events
+from harness.watchdog.deadlines import Deadlines
 from harness.watchdog.hangs import Hangs, StopServers
 from harness.watchdog.phases import Phase, Sign, after
+from harness.watchdog.tracked import Stopping, Tracked, Waiting
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,81 +45,18 @@ KILL_LIMIT_S = 5.0
 LOST_GRACE_S = 1.0
 
 
-class _Server:
-    """What the supervisor knows of one server."""
-
-    def __init__(self, key: int, name: str, grace_s: float) -> None:
-        self.key = key
-        self.name = name
-        self.grace_s = grace_s
-        self.launch_id: int | None = key
-        self.deadline_s = 0.0
-        self.overdue_at: float | None = None
-        self.reason = ""
-        self.phase = Phase.LAUNCHING
-        self.pid = 0
-        self.root_exited = False
-        self.returncode: int | None = None
-        self.stop_began: float | None = None
-        self.stop_ended: float | None = None
-        self.was_asked = False
-        self.was_killed = False
-        self.keeper_is_lost = False
-        self.keeper_was_killed = False
-        self.deadline: float | None = None
-        self.survivors: list[Survivor] = []
-
-    def outcome(self) -> Outcome:
-        seconds = 0.0
-        if self.stop_began is not None and self.stop_ended is not None:
-            seconds = self.stop_ended - self.stop_began
-        how = self._how()
-        return Outcome(self.key, self.name, self.pid, how, self.returncode, seconds, self.survivors, self.reason)
-
-    def _how(self) -> str:
-        if self.phase is Phase.UNKILLABLE:
-            return "unkillable"
-        if self.was_killed:
-            return "killed"
-        return "asked" if self.was_asked else "exited"
-
-    def status(self) -> ServerStatus:
-        return ServerStatus(self.key, self.phase.value, self.root_exited, self.returncode, self.reason)
-
-
-class _Stopping:
-    """A Stop or Close that has not been answered yet."""
-
-    def __init__(self, request_id: int, servers: list[_Server], began: float, *, leave: bool) -> None:
-        self.request_id = request_id
-        self.servers = servers
-        self.began = began
-        self.leave = leave
-
-
-class _Waiting:
-    """A Wait that has not been answered yet."""
-
-    def __init__(self, request_id: int, server: _Server, until: str, deadline: float) -> None:
-        self.request_id = request_id
-        self.server = server
-        self.until = until
-        self.deadline = deadline
-
-    @property
-    def is_reached(self) -> bool:
-        return self.server.phase.is_over or (self.until == "exit" and self.server.root_exited)
-
-
 class Supervisor:
     """The state of every server of one watchdog, and the rules."""
 
     def __init__(self, *, crash_grace_s: float) -> None:
         """Take the longest grace that a server gets once the test process is gone, in seconds."""
         self._crash_grace_s = crash_grace_s
-        self._servers: dict[int, _Server] = {}
-        self._stoppings: list[_Stopping] = []
-        self._waitings: list[_Waiting] = []
+        self._servers: dict[int, Tracked] = {}
+        self._living = 0
+        self._deadlines = Deadlines()
+        self._overdue = Deadlines()  # of the servers themselves, from their launch
+        self._stoppings: list[Stopping] = []
+        self._waitings: list[Waiting] = []
         self._hangs = Hangs()
         self._client_is_gone = False
         self._is_closing = False
@@ -145,10 +82,10 @@ class Supervisor:
 
     def next_deadline(self) -> float | None:
         """Give the time of the next Tick that is needed, or None."""
-        times = [server.deadline for server in self._servers.values() if server.deadline is not None]
-        times += [server.overdue_at for server in self._servers.values() if server.overdue_at is not None]
-        times += [waiting.deadline for waiting in self._waitings]
-        times += [self._hangs.deadline] if self._hangs.deadline is not None else []
+        times = [waiting.deadline for waiting in self._waitings]
+        times += [
+            time for time in (self._deadlines.next(), self._overdue.next(), self._hangs.deadline) if time is not None
+        ]
         return min(times, default=None)
 
     # ---- requests
@@ -171,12 +108,13 @@ class Supervisor:
             return
         # The client chose the number, so it can stop a server whose launch it did not see the end of.
         key = request_id
-        server = self._servers[key] = _Server(key, request.name, request.grace_s)
+        server = self._servers[key] = Tracked(key, request.name, request.grace_s, self._deadlines)
+        self._living += 1
         self._hangs.launched(key)
         if isinstance(request, Launch):
             if request.deadline_s is not None:
                 server.deadline_s = request.deadline_s
-                server.overdue_at = now + request.deadline_s
+                self._overdue.set(key, now + request.deadline_s)
             self._effects.append(events.Spawn(key, request))
         else:
             self._effects.append(events.Take(key, request))
@@ -192,11 +130,11 @@ class Supervisor:
             self._send_signal(request_id, self._servers[request.key], request.signal)
         elif isinstance(request, Wait):
             server = self._servers[request.key]
-            self._waitings.append(_Waiting(request_id, server, request.until, now + request.timeout_s))
+            self._waitings.append(Waiting(request_id, server, request.until, now + request.timeout_s))
         else:
             self._answer(request_id, self._servers[request.key].status())
 
-    def _send_signal(self, request_id: int, server: _Server, signal: int) -> None:
+    def _send_signal(self, request_id: int, server: Tracked, signal: int) -> None:
         if not server.root_exited and server.phase not in {Phase.LAUNCHING, Phase.GONE}:
             self._effects.append(events.Signal(server.key, signal))
         self._answer(request_id, Done())
@@ -206,14 +144,15 @@ class Supervisor:
     def _stop(
         self, request_id: int, keys: list[int], grace_s: float | None, now: float, *, leave: bool, kill: bool
     ) -> None:
-        servers = [self._servers[key] for key in dict.fromkeys(keys)]
-        self._stoppings.append(_Stopping(request_id, servers, now, leave=leave))
+        stopping = Stopping(request_id, {key: self._servers[key] for key in keys}, now, leave=leave)
+        self._stoppings.append(stopping)
+        servers = list(stopping.servers.values())
         if kill:
             self._kill(servers, now)
         else:
             self._ask(servers, grace_s, now)
 
-    def _ask(self, servers: list[_Server], grace_s: float | None, now: float, reason: str = "") -> None:
+    def _ask(self, servers: list[Tracked], grace_s: float | None, now: float, reason: str = "") -> None:
         asked: list[int] = []
         for server in servers:
             if self._move(server, Sign.ASK) and server.phase is Phase.ASKED:
@@ -226,12 +165,12 @@ class Supervisor:
         if asked:
             self._effects.append(events.Ask(asked))
 
-    def _shorten(self, server: _Server, deadline: float) -> None:
+    def _shorten(self, server: Tracked, deadline: float) -> None:
         if self._client_is_gone:
             deadline = min(deadline, (server.stop_began or 0.0) + self._crash_grace_s)
         server.deadline = deadline if server.deadline is None else min(server.deadline, deadline)
 
-    def _kill(self, servers: list[_Server], now: float) -> None:
+    def _kill(self, servers: list[Tracked], now: float) -> None:
         if any(server.phase is Phase.LOST for server in servers):
             self._effects.append(events.SweepOrphans(kill=True))
         killed = [server for server in servers if self._move(server, Sign.KILL)]
@@ -247,7 +186,7 @@ class Supervisor:
             return
         self._client_is_gone = True
         self._hangs.end()
-        self._log(f"{reason}: stopping {sum(not s.phase.is_over for s in self._servers.values())} servers")
+        self._log(f"{reason}: stopping {self._living} servers")
         self._ask(list(self._servers.values()), None, now)
 
     # ---- tests
@@ -265,12 +204,10 @@ class Supervisor:
         self._answer(request_id, reply)
 
     def _stop_overdue(self, now: float) -> None:
-        for server in self._servers.values():
-            if server.overdue_at is not None and server.overdue_at <= now:
-                server.overdue_at = None
-                reason = f"its deadline of {server.deadline_s:g} s has passed"
-                self._ask([server], None, now, reason)
-                self._hangs.server_is_overdue(server.key, f"{server.name!r} was stopped, since {reason}", now)
+        for server in [self._servers[key] for key in self._overdue.take(now)]:
+            reason = f"its deadline of {server.deadline_s:g} s has passed"
+            self._ask([server], None, now, reason)
+            self._hangs.server_is_overdue(server.key, f"{server.name!r} was stopped, since {reason}", now)
         for act in self._hangs.due(now):
             if isinstance(act, StopServers):
                 self._stop_for_hang(act, now)
@@ -307,27 +244,27 @@ class Supervisor:
         else:
             self._on_keeper_lost(server, now)
 
-    def _on_started(self, server: _Server, event: events.Started) -> None:
+    def _on_started(self, server: Tracked, event: events.Started) -> None:
         server.pid = event.pid
         self._move(server, Sign.STARTED)
         if server.launch_id is not None:
             self._answer(server.launch_id, Launched(server.key, event.pid, event.start_time, event.keeper, event.ports))
             server.launch_id = None
 
-    def _on_launch_failed(self, server: _Server, message: str, now: float) -> None:
+    def _on_launch_failed(self, server: Tracked, message: str, now: float) -> None:
         self._fail_launch(server, message)
         self._end(server, Sign.FAILED, now)
 
-    def _fail_launch(self, server: _Server, message: str) -> None:
+    def _fail_launch(self, server: Tracked, message: str) -> None:
         if server.launch_id is not None:
             self._answer(server.launch_id, Failed("LaunchFailed", message))
             server.launch_id = None
 
-    def _on_kill_seen(self, server: _Server, now: float) -> None:
+    def _on_kill_seen(self, server: Tracked, now: float) -> None:
         if server.phase is Phase.KILLED:
             server.deadline = now + KILL_LIMIT_S + KEEPER_ANSWER_S
 
-    def _on_keeper_lost(self, server: _Server, now: float) -> None:
+    def _on_keeper_lost(self, server: Tracked, now: float) -> None:
         if not self._move(server, Sign.KEEPER_LOST):
             return
         server.keeper_is_lost = True
@@ -348,7 +285,7 @@ class Supervisor:
             else:
                 self._end(server, Sign.EMPTY, now)
 
-    def _end(self, server: _Server, sign: Sign, now: float, survivors: list[Survivor] | None = None) -> None:
+    def _end(self, server: Tracked, sign: Sign, now: float, survivors: list[Survivor] | None = None) -> None:
         if not self._move(server, sign):
             return
         server.survivors = survivors or []
@@ -361,16 +298,15 @@ class Supervisor:
 
     def _on_tick(self, now: float) -> None:
         self._stop_overdue(now)
-        due = [s for s in self._servers.values() if s.deadline is not None and s.deadline <= now]
+        due = [self._servers[key] for key in self._deadlines.take(now)]
         self._kill([server for server in due if server.phase is Phase.ASKED], now)
         for server in due:
             if server.phase is Phase.LOST:
-                server.deadline = None
                 self._effects.append(events.SweepOrphans(kill=True))
-            elif server.deadline is not None and server.deadline <= now:
+            elif server.deadline is None:  # else it is to be killed just now
                 self._give_up_keeper(server, now)
 
-    def _give_up_keeper(self, server: _Server, now: float) -> None:
+    def _give_up_keeper(self, server: Tracked, now: float) -> None:
         if server.keeper_was_killed:
             self._end(server, Sign.STUCK, now)  # not even its keeper ends on SIGKILL
             return
@@ -386,22 +322,27 @@ class Supervisor:
             self._waitings.remove(waiting)
             self._answer(waiting.request_id, waiting.server.status())
         is_leaving = False
-        for stopping in [s for s in self._stoppings if all(server.phase.is_over for server in s.servers)]:
+        for stopping in [s for s in self._stoppings if not s.living]:
             self._stoppings.remove(stopping)
-            outcomes = [server.outcome() for server in stopping.servers]
+            outcomes = [server.outcome() for server in stopping.servers.values()]
             self._answer(stopping.request_id, Stopped(outcomes, now - stopping.began))
             is_leaving = is_leaving or stopping.leave
-        if is_leaving or (self._client_is_gone and all(server.phase.is_over for server in self._servers.values())):
+        if is_leaving or (self._client_is_gone and not self._living):
             for server in self._servers.values():
                 self._fail_launch(server, f"{server.name!r} could not be killed while it was launching")
             self._effects.append(events.Leave())
 
-    def _move(self, server: _Server, sign: Sign) -> bool:
+    def _move(self, server: Tracked, sign: Sign) -> bool:
         phase = after(server.phase, sign)
         has_moved = phase is not server.phase
+        ended = phase.is_over - server.phase.is_over  # -1: it was unkillable, and its keeper is lost
         server.phase = phase
         if not phase.is_up:
-            server.overdue_at = None
+            self._overdue.set(server.key, None)
+        if ended:
+            self._living -= ended
+            for stopping in self._stoppings:
+                stopping.living -= ended if server.key in stopping.servers else 0
         return has_moved
 
     def _answer(self, request_id: int, reply: Reply) -> None:

@@ -1,0 +1,92 @@
+"""What the supervisor keeps of each server, and of each request that it has not answered yet. Pure."""
+
+from __future__ import annotations
+
+from harness.messages import Outcome, ServerStatus
+from harness.watchdog.phases import Phase
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from harness.messages import Survivor
+    from harness.watchdog.deadlines import Deadlines
+
+
+class Tracked:
+    """What the supervisor knows of one server."""
+
+    def __init__(self, key: int, name: str, grace_s: float, deadlines: Deadlines) -> None:
+        """Begin as launching; its next deadline is kept in `deadlines`."""
+        self.key = key
+        self.name = name
+        self.grace_s = grace_s
+        self.launch_id: int | None = key
+        self.deadline_s = 0.0
+        self.reason = ""
+        self.phase = Phase.LAUNCHING
+        self.pid = 0
+        self.root_exited = False
+        self.returncode: int | None = None
+        self.stop_began: float | None = None
+        self.stop_ended: float | None = None
+        self.was_asked = False
+        self.was_killed = False
+        self.keeper_is_lost = False
+        self.keeper_was_killed = False
+        self.survivors: list[Survivor] = []
+        self._deadlines = deadlines
+
+    @property
+    def deadline(self) -> float | None:
+        """Give when the next step of its stop is due."""
+        return self._deadlines.of(self.key)
+
+    @deadline.setter
+    def deadline(self, deadline: float | None) -> None:
+        self._deadlines.set(self.key, deadline)
+
+    def outcome(self) -> Outcome:
+        """Give how it ended."""
+        seconds = 0.0
+        if self.stop_began is not None and self.stop_ended is not None:
+            seconds = self.stop_ended - self.stop_began
+        how = self._how()
+        return Outcome(self.key, self.name, self.pid, how, self.returncode, seconds, self.survivors, self.reason)
+
+    def _how(self) -> str:
+        if self.phase is Phase.UNKILLABLE:
+            return "unkillable"
+        if self.was_killed:
+            return "killed"
+        return "asked" if self.was_asked else "exited"
+
+    def status(self) -> ServerStatus:
+        """Give how it is."""
+        return ServerStatus(self.key, self.phase.value, self.root_exited, self.returncode, self.reason)
+
+
+class Stopping:
+    """A Stop or Close that has not been answered yet."""
+
+    def __init__(self, request_id: int, servers: dict[int, Tracked], began: float, *, leave: bool) -> None:
+        """Begin at the monotonic time `began`; `leave`: the watchdog ends with it."""
+        self.request_id = request_id
+        self.servers = servers
+        self.began = began
+        self.leave = leave
+        self.living = sum(not server.phase.is_over for server in servers.values())
+
+
+class Waiting:
+    """A Wait that has not been answered yet."""
+
+    def __init__(self, request_id: int, server: Tracked, until: str, deadline: float) -> None:
+        """Wait until "exit" or "gone", or until the monotonic time `deadline`."""
+        self.request_id = request_id
+        self.server = server
+        self.until = until
+        self.deadline = deadline
+
+    @property
+    def is_reached(self) -> bool:
+        """Say whether what is waited for has happened."""
+        return self.server.phase.is_over or (self.until == "exit" and self.server.root_exited)

@@ -47,7 +47,7 @@ def _isolate(control: socket.socket) -> None:
     kernel.become_subreaper()
     kernel.signal_at_parent_death(signal.SIGCONT)  # a keeper that was stopped must see the watchdog's end
     signal.set_wakeup_fd(-1)
-    close_all_but({0, 1, 2, control.fileno()})
+    kernel.close_all_but({0, 1, 2, control.fileno()})
 
 
 def _wakeup() -> int:
@@ -62,16 +62,6 @@ def _wakeup() -> int:
     return read_end
 
 
-def close_all_but(kept: set[int]) -> None:
-    """Close every other file descriptor of this process."""
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in kept:
-            try:
-                os.close(int(name))
-            except OSError:
-                continue  # the one that listed the directory
-
-
 class _Keeper:
     def __init__(self, launch: Launch, control: socket.socket, watchdog: int, crash_grace_s: float) -> None:
         self._launch = launch
@@ -84,6 +74,7 @@ class _Keeper:
         self._do: dict[type[rules.Effect], Callable[[], None]] = {
             rules.AskRoot: self._ask_root,
             rules.AskTop: self._ask_top,
+            rules.KillTop: self._sweeper.kill_top,
             rules.Sweep: self._sweep,
             rules.TellUnkilled: self._tell_unkilled,
             rules.Leave: _leave,
@@ -131,7 +122,7 @@ class _Keeper:
             root = spawn.fork_root(self._launch)
         except OSError as error:
             self._handle(rules.RootDown(f"cannot fork: {error.strerror}"))
-            self._handle(rules.Reaped(None, is_empty=True))  # this ends the keeper
+            self._handle(rules.Reaped(None, is_empty=True, is_new=False))  # this ends the keeper
             raise
         self._watch(root.failure_pipe, self._see_start)
         return root
@@ -194,7 +185,7 @@ class _Keeper:
             if pid == root.pid:
                 returncode = os.waitstatus_to_exitcode(status)
         if has_reaped or is_empty:
-            self._handle(rules.Reaped(returncode, is_empty))
+            self._handle(rules.Reaped(returncode, is_empty, not is_empty and self._sweeper.has_new_top()))
 
     # ---- effects
 

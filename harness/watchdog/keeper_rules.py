@@ -26,6 +26,9 @@ KILL_LIMIT_S = 5.0
 # The pause between two sweeps that change nothing: at first short, since a killed process is mostly gone in 1 ms.
 FIRST_PAUSE_S = 0.001
 LONGEST_PAUSE_S = 0.25
+# What SIGKILL to the groups at the top has not ended by then is swept. Where hundreds of servers are killed at once,
+# exiting takes so long, and sweeping trees that are about to be gone would make it longer.
+TOP_PAUSE_S = 0.05
 
 
 # ---- events
@@ -50,10 +53,14 @@ class RootDown(Record):
 
 
 class Reaped(Record):
-    """Children were reaped. `returncode` is the root's if it was among them; `is_empty`: the kernel says ECHILD."""
+    """Children were reaped. `returncode` is the root's if it was among them; `is_empty`: the kernel says ECHILD.
+
+    `is_new` says that a child is there, an orphan, that had not been sent SIGKILL when the killing began.
+    """
 
     returncode: int | None
     is_empty: bool
+    is_new: bool
 
 
 class WatchdogGone(Record):
@@ -85,6 +92,10 @@ class AskTop(Record):
     """Send SIGTERM to each process at the top of what the root left, once."""
 
 
+class KillTop(Record):
+    """Send SIGKILL to every child and its process group, which is the whole of a plain tree."""
+
+
 class Sweep(Record):
     """Send SIGKILL to every process of the tree that is there now."""
 
@@ -103,7 +114,7 @@ class Leave(Record):
     """End the keeper."""
 
 
-Effect: TypeAlias = AskRoot | AskTop | Sweep | Tell | TellUnkilled | Leave
+Effect: TypeAlias = AskRoot | AskTop | KillTop | Sweep | Tell | TellUnkilled | Leave
 
 
 class KeeperRules:
@@ -172,8 +183,8 @@ class KeeperRules:
         if event.is_empty:
             return [*effects, Tell(TreeEmpty() if self._failure is None else RootFailed(self._failure)), Leave()]
         if self._is_killing:
-            self._pause_s = FIRST_PAUSE_S
-            return [*effects, Sweep()]
+            # A struck process forks no more, so only what had another parent before can be new.
+            return [*effects, Sweep()] if event.is_new else effects
         if self._is_asking and self._root_is_gone:
             effects.append(AskTop())
         return effects
@@ -193,7 +204,8 @@ class KeeperRules:
         self._is_killing = True
         if self._kill_limit is None:
             self._kill_limit = now + KILL_LIMIT_S
-        return [Sweep()]
+        self.deadline = now + TOP_PAUSE_S
+        return [KillTop()]
 
     def _on_swept(self, event: Swept, now: float) -> list[Effect]:
         if event.is_new:

@@ -32,14 +32,26 @@ class Sweeper:
     def __init__(self) -> None:
         """Begin with nothing struck."""
         self._struck: set[int] = set()
+        self._has_begun = False
+
+    def kill_top(self) -> None:
+        """Strike the children of this process and their groups, without a look at what is below them."""
+        tops = procfs.children(os.getpid())
+        _strike_groups(tops)
+        for pid in tops:
+            _send(os.kill, pid)
+        self._struck.update(tops)
+        self._has_begun = True
+
+    def has_new_top(self) -> bool:
+        """Say whether there is a child that has not been struck, once `kill_top` has begun to strike."""
+        return self._has_begun and not self._struck.issuperset(procfs.children(os.getpid()))
 
     def sweep(self, spared: frozenset[int] = frozenset()) -> Round:
         """Do one round; the caller reaps and sweeps again until nothing is left (new ones are forked meanwhile)."""
         me = os.getpid()
         tops = [pid for pid in procfs.children(me) if pid not in spared]
-        groups = {_group_of(pid) for pid in tops} - {None, os.getpgid(0)}
-        for group in groups:
-            _send(os.killpg, group or 0)
+        _strike_groups(tops)
         found = [stat for stat in map(procfs.stat, tops) if stat is not None]
         alive = [stat.pid for stat in found if _strike_child(stat)]
         while found:
@@ -70,6 +82,11 @@ def survivors(spared: frozenset[int] = frozenset()) -> list[Survivor]:
     pids = tops + [below for top in tops for below in procfs.descendants(top)]
     found = [stat for stat in map(procfs.stat, pids) if stat is not None and stat.state != "Z"]
     return [Survivor(s.pid, s.state, procfs.wait_channel(s.pid), procfs.command_line(s.pid)[:200]) for s in found]
+
+
+def _strike_groups(children: list[int]) -> None:
+    for group in {_group_of(child) for child in children} - {None, os.getpgid(0)}:
+        _send(os.killpg, group or 0)
 
 
 def _group_of(child: int) -> int | None:

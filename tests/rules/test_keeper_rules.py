@@ -7,7 +7,18 @@ from rules.grids import cells
 
 from harness.messages import AskOrder, KillBegun, KillOrder, RootExit, RootFailed, RootStarted, TreeEmpty
 from harness.watchdog import keeper_rules as keeper
-from harness.watchdog.keeper_rules import FIRST_PAUSE_S, KILL_LIMIT_S, LONGEST_PAUSE_S, Reaped, Sweep, Swept, Tell, Tick
+from harness.watchdog.keeper_rules import (
+    FIRST_PAUSE_S,
+    KILL_LIMIT_S,
+    LONGEST_PAUSE_S,
+    TOP_PAUSE_S,
+    KillTop,
+    Reaped,
+    Sweep,
+    Swept,
+    Tell,
+    Tick,
+)
 
 CRASH_GRACE_S = 5.0
 EVENTS: dict[str, keeper.Event] = {
@@ -16,9 +27,10 @@ EVENTS: dict[str, keeper.Event] = {
     "Kill": keeper.Ordered(KillOrder()),
     "Up": keeper.RootUp(101),
     "Down": keeper.RootDown("no such program"),
-    "RootReaped": Reaped(3, is_empty=False),
-    "Reaped": Reaped(None, is_empty=False),
-    "AllReaped": Reaped(3, is_empty=True),
+    "RootReaped": Reaped(3, is_empty=False, is_new=False),
+    "Reaped": Reaped(None, is_empty=False, is_new=False),
+    "NewTop": Reaped(None, is_empty=False, is_new=True),
+    "AllReaped": Reaped(3, is_empty=True, is_new=False),
     "WatchdogGone": keeper.WatchdogGone(),
     "Swept": Swept(is_new=False, alive=1),
     "Tick": Tick(),
@@ -36,38 +48,40 @@ STATES: dict[str, list[str]] = {
     "killing": ["Up", "Kill"],
     "alone": ["Up", "WatchdogGone"],
 }
-# KS: it tells that it begins to kill, and sweeps. E, F: it tells that all (or the failed root) is gone, and leaves.
+# KT: it tells that it begins to kill, and kills the top.
+# E, F: it tells that all (F: the failed root) is gone, and leaves.
 EXPECTED = """
-              Ask     RootAsked  Kill  Up           Down  RootReaped   Reaped  AllReaped  Swept
-starting      -       -          KS    Started      -     Exit         -       Exit+E     -
-asked_early   -       -          KS    Started+Ask  -     Exit+AskTop  -       Exit+E     -
-killed_early  -       -          KS    Started      -     Exit+Sweep   Sweep   Exit+E     -
-up            Ask     -          KS    Started      -     Exit         -       Exit+E     -
-asked         -       -          KS    Started      -     Exit+AskTop  -       Exit+E     -
-down          -       -          KS    Started      -     -            -       F          -
-left          AskTop  AskTop     KS    Started      -     Exit         -       Exit+E     -
-asked_left    AskTop  AskTop     KS    Started+AskTop  -  Exit+AskTop  AskTop  Exit+E     -
-killing       -       -          KS    Started      -     Exit+Sweep   Sweep   Exit+E     -
-alone         -       -          KS    Started      -     Exit+AskTop  -       Exit+E     -
+              Ask     RootAsked  Kill  Up           Down  RootReaped   Reaped  NewTop  AllReaped  Swept
+starting      -       -          KT    Started      -     Exit         -       -       Exit+E     -
+asked_early   -       -          KT    Started+Ask  -     Exit+AskTop  -       -       Exit+E     -
+killed_early  -       -          KT    Started      -     Exit         -       Sweep   Exit+E     -
+up            Ask     -          KT    Started      -     Exit         -       -       Exit+E     -
+asked         -       -          KT    Started      -     Exit+AskTop  -       -       Exit+E     -
+down          -       -          KT    Started      -     -            -       -       F          -
+left          AskTop  AskTop     KT    Started      -     Exit         -       -       Exit+E     -
+asked_left    AskTop  AskTop     KT    Started+AskTop  -  Exit+AskTop  AskTop  AskTop  Exit+E     -
+killing       -       -          KT    Started      -     Exit         -       Sweep   Exit+E     -
+alone         -       -          KT    Started      -     Exit+AskTop  -       -       Exit+E     -
 """
 EXPECTED_ALONE = """
               WatchdogGone  Tick
-starting      -             Sweep
-asked_early   -             Sweep
+starting      -             KillTop
+asked_early   -             KillTop
 killed_early  -             Sweep
-up            Ask           Sweep
-asked         -             Sweep
-down          -             Sweep
-left          AskTop        Sweep
-asked_left    AskTop        Sweep
+up            Ask           KillTop
+asked         -             KillTop
+down          -             KillTop
+left          AskTop        KillTop
+asked_left    AskTop        KillTop
 killing       -             Sweep
-alone         -             Sweep
+alone         -             KillTop
 """
 MEANING: dict[str, list[keeper.Effect]] = {
     "-": [],
     "Ask": [keeper.AskRoot()],
     "AskTop": [keeper.AskTop()],
-    "KS": [Tell(KillBegun()), Sweep()],
+    "KT": [Tell(KillBegun()), KillTop()],
+    "KillTop": [KillTop()],
     "Sweep": [Sweep()],
     "Started": [Tell(RootStarted(101))],
     "Exit": [Tell(RootExit(3))],
@@ -117,16 +131,19 @@ def test_a_root_that_the_watchdog_asked_is_not_asked_again_but_what_it_leaves_is
 
 def test_a_failed_start_is_told_once_and_not_as_an_exit() -> None:
     rules = led("Down")
-    assert rules.handle(Reaped(127, is_empty=False), 0.0) == []
-    assert rules.handle(Reaped(None, is_empty=True), 0.0) == [Tell(RootFailed("no such program")), keeper.Leave()]
+    assert rules.handle(Reaped(127, is_empty=False, is_new=False), 0.0) == []
+    assert rules.handle(Reaped(None, is_empty=True, is_new=False), 0.0) == [
+        Tell(RootFailed("no such program")),
+        keeper.Leave(),
+    ]
 
 
 def test_without_a_watchdog_what_is_left_is_killed_after_the_crash_grace() -> None:
     rules = led("Up")
     rules.handle(keeper.WatchdogGone(), 10.0)
     assert rules.deadline == 10.0 + CRASH_GRACE_S
-    assert rules.handle(Tick(), 15.0) == [Sweep()]
-    assert rules.handle(EVENTS["Reaped"], 15.0) == [Sweep()]
+    assert rules.handle(Tick(), 15.0) == [KillTop()]
+    assert rules.handle(EVENTS["NewTop"], 15.0) == [Sweep()]
     assert rules.handle(EVENTS["AllReaped"], 15.1)[-1] == keeper.Leave()
 
 
@@ -143,7 +160,7 @@ def test_the_end_of_the_watchdog_does_not_delay_the_killing() -> None:
 
 
 def test_the_pause_between_sweeps_doubles_up_to_a_limit_and_begins_anew() -> None:
-    """A process that is new to the sweep, or one that was reaped, makes the next sweep come soon."""
+    """A process that is new to the sweep makes the next one come soon."""
     rules = led("Up", "Kill")
     pauses: list[float] = []
     for is_new in (True, *[False] * 9, True):
@@ -152,9 +169,14 @@ def test_the_pause_between_sweeps_doubles_up_to_a_limit_and_begins_anew() -> Non
         assert rules.handle(Tick(), 0.0) == [Sweep()]
         assert rules.deadline is None
     assert pauses == [*(min(FIRST_PAUSE_S * 2**n, LONGEST_PAUSE_S) for n in range(10)), FIRST_PAUSE_S]
-    rules.handle(EVENTS["Reaped"], 0.0)
-    rules.handle(Swept(is_new=False, alive=1), 0.0)
-    assert rules.deadline == FIRST_PAUSE_S
+
+
+def test_what_outlives_the_first_strike_is_swept_whoever_is_reaped_meanwhile() -> None:
+    rules = led("Up", "Kill")
+    assert rules.deadline == TOP_PAUSE_S
+    rules.handle(EVENTS["Reaped"], 0.01)
+    assert rules.deadline == TOP_PAUSE_S
+    assert rules.handle(Tick(), TOP_PAUSE_S) == [Sweep()]
 
 
 def test_what_is_alive_after_the_limit_is_told_once() -> None:

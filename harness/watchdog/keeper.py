@@ -16,7 +16,7 @@ import time
 from harness import messages
 from harness.messages import Launch, Unkilled
 from harness.watchdog import keeper_rules as rules
-from harness.watchdog import kernel, spawn, sweep
+from harness.watchdog import kernel, limits, spawn, sweep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def _isolate(control: socket.socket) -> None:
     kernel.signal_at_parent_death(signal.SIGCONT)  # a keeper that was stopped must see the watchdog's end
     signal.set_wakeup_fd(-1)
     kernel.close_all_but({0, 1, 2, control.fileno()})
+    limits.restore_descriptors()
 
 
 def _wakeup() -> int:

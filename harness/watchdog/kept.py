@@ -9,7 +9,7 @@ import socket
 import struct
 
 from harness import messages, procfs, templates
-from harness.watchdog import keeper
+from harness.watchdog import keeper, limits
 from harness.watchdog.ports import PortHolds
 
 TYPE_CHECKING = False
@@ -124,6 +124,7 @@ def _fork(launch: Launch, log: Log, crash_grace_s: float) -> tuple[socket.socket
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     gc.freeze()  # a collection in the keeper would touch, and so copy, every page that holds objects
     try:
+        limits.check_descriptor(theirs.fileno())
         pid = os.fork()
         if pid == 0:
             keeper.run(launch, theirs, watchdog, log, crash_grace_s=crash_grace_s)

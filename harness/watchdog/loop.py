@@ -12,7 +12,7 @@ import time
 
 from harness import messages
 from harness.frames import FrameError
-from harness.watchdog import events
+from harness.watchdog import events, limits
 from harness.watchdog.adopting import Adopting
 from harness.watchdog.orphans import Orphans
 from harness.watchdog.supervisor import Supervisor
@@ -65,6 +65,7 @@ class Loop:
         self._supervisor = Supervisor(crash_grace_s=crash_grace_s)
         self._kept: dict[int, Kept] = {}
         self._keepers: dict[int, Kept] = {}
+        self._roots: dict[int, Kept] = {}
         self._orphans = Orphans(lambda: frozenset(self._keepers))
         self._adopting = Adopting(self._watch, self._forget, self._tell)
         self._epoll = select.epoll()
@@ -198,9 +199,9 @@ class Loop:
             self._tell(events.KeeperLost(kept.key))
 
     def _orphan_ended(self, pid: int, returncode: int) -> None:
-        for kept in self._kept.values():
-            if kept.root == pid:
-                self._tell(events.RootExited(kept.key, returncode))
+        kept = self._roots.pop(pid, None)
+        if kept is not None:
+            self._tell(events.RootExited(kept.key, returncode))
         self._orphans.reaped(pid)
 
     def _read_keeper(self, kept: Kept) -> None:
@@ -212,6 +213,7 @@ class Loop:
     def _on_report(self, kept: Kept, report: messages.Message) -> None:
         if isinstance(report, messages.RootStarted):
             start_time = kept.root_started(report.pid)
+            self._roots[report.pid] = kept
             self._tell(events.Started(kept.key, report.pid, start_time, kept.pid, kept.ports))
         elif isinstance(report, messages.RootFailed):
             kept.is_empty = True
@@ -246,7 +248,7 @@ class Loop:
 
             kept = Kept(effect.key, effect.launch, self._log, crash_grace_s=self._crash_grace_s)
         except Exception as error:  # noqa: BLE001 - whatever it is, nothing was started, and the client must be told
-            reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+            reason = limits.describe(error) if isinstance(error, OSError) else type(error).__name__
             self._tell(events.LaunchFailed(effect.key, f"{effect.launch.name!r}: cannot launch: {reason}"))
             return
         self._kept[kept.key] = self._keepers[kept.pid] = kept
@@ -288,6 +290,8 @@ class Loop:
         kept = self._kept.pop(effect.key, None)
         if kept is not None:
             kept.release()
+            if self._roots.get(kept.root) is kept:
+                del self._roots[kept.root]
 
     def _interrupt_client(self, effect: events.InterruptClient) -> None:
         if not self._client.interrupt(effect.test.signal):

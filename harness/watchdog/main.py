@@ -6,7 +6,7 @@ import os
 import signal
 
 from harness import procfs
-from harness.watchdog import kernel
+from harness.watchdog import kernel, limits
 from harness.watchdog.client_process import ClientProcess
 from harness.watchdog.log import Log
 from harness.watchdog.loop import Loop
@@ -39,6 +39,7 @@ def main(config: Config) -> NoReturn:
         kernel.signal_at_parent_death(signal.SIGCONT)
         owners = _open_owners(config["client"], config["controller"])
         kernel.become_subreaper()
+        limits.raise_descriptors()
         kernel.set_name("harness-watchd")
         client = ClientProcess(config["client"], owners[0])
         loop = Loop(PipeEnd(config["pipe"]), client, owners, _wakeup(), log, crash_grace_s=config["crash_grace_s"])

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import logs, messages, platform, procfs, specs, state_dir
+from harness import logs, messages, platform, private, procfs, specs, state_dir
 from harness.errors import HarnessError, LaunchFailed, SpecError, WatchdogDied
 from harness.forking import WatchdogProcess
 from harness.group import ServerGroup
@@ -156,6 +156,8 @@ class Watchdog(Launcher):
 
     def _new_log(self, name: str) -> Path:
         try:
+            if self._given_log_dir is None:
+                os.close(private.open_run(str(self._log_dir), make=True))
             return logs.new_path(self._log_dir, name)
         except OSError as error:
             raise SpecError(f"cannot make the log directory {self._log_dir}: {error.strerror}") from None

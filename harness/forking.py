@@ -45,6 +45,7 @@ class WatchdogProcess:
             "controller": controller,
             "crash_grace_s": crash_grace_s,
             "log": str(log_path),
+            "cgroup": os.environ.get("HARNESS_CGROUP") != "off",
         }
         self._process, self.descriptor = _fork(config)
         self.pid = self._process.pid or 0

@@ -82,6 +82,11 @@ def command_line(pid: int) -> str:
     return _read(f"/proc/{pid}/cmdline").rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
 
 
+def name(pid: int) -> str:
+    """Give the name that `ps -o comm` shows, "" for nobody."""
+    return _read(f"/proc/{pid}/comm").decode(errors="replace").rstrip("\n")
+
+
 def wait_channel(pid: int) -> str:
     """Give the kernel function in which the process sleeps, or "" if it is not known."""
     return _read(f"/proc/{pid}/wchan").decode(errors="replace").strip("0")

@@ -9,9 +9,11 @@ import stat
 import time
 from pathlib import Path
 
-from harness import procfs
+from harness import private, procfs, runs
 from harness.errors import HarnessError
 
+# A start of pytest must not wait for long for what a dead run has left.
+_END_REMAINS_S = 3.0
 # Logs of a run that died are kept this long, so that somebody can read them.
 _KEEP_S = 24 * 3600.0
 
@@ -46,12 +48,18 @@ def _default() -> Path:
 
 
 def new_run(given: str | os.PathLike[str] | None = None) -> Path:
-    """Give the directory of this process's run, and remove those of old ones. Raises what `find` raises.
+    """Give the directory of this process's run; end what dead runs have left, and remove old ones' directories.
+
+    Raises what `find` raises.
 
     It is named by pid and start time, and so unique, and is not made yet: a run without servers writes nothing.
     """
     directory = find(given)
     prune(directory)
+    if runs.has_unheld_entries(directory):
+        from harness import remains  # noqa: PLC0415 - every pytest process comes here; hardly any finds remains
+
+        remains.end(directory, limit_s=_END_REMAINS_S)
     return run_of(os.getpid(), directory)
 
 
@@ -63,13 +71,11 @@ def run_of(pid: int, directory: Path | None = None) -> Path:
 
 def prune(state_dir: Path) -> None:
     """Remove the directories of runs whose process has ended more than a day ago."""
-    runs = state_dir / "runs"
-    if not runs.is_dir():
-        return
-    for run in list(runs.iterdir()):
-        pid, _, start_time = run.name.partition("-")
-        if not (pid.isdigit() and start_time.isdigit()) or procfs.is_alive(int(pid), int(start_time)):
+    for run in runs.directories(state_dir):
+        if procfs.is_alive(*runs.owner_of(run)):
             continue
-        with contextlib.suppress(FileNotFoundError):  # another process prunes as well
+        with contextlib.suppress(OSError):  # another process prunes as well
+            if any(name.endswith(private.ENTRY_SUFFIX) for name in os.listdir(run)):
+                continue  # something of it may still be there
             if time.time() - max(path.lstat().st_mtime for path in (run, *run.iterdir())) > _KEEP_S:
                 shutil.rmtree(run, ignore_errors=True)

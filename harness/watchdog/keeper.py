@@ -13,7 +13,7 @@ import socket
 import struct
 import time
 
-from harness import messages
+from harness import messages, procfs
 from harness.messages import Launch, Unkilled
 from harness.watchdog import keeper_rules as rules
 from harness.watchdog import kernel, limits, spawn, sweep
@@ -23,31 +23,34 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import NoReturn
 
+    from harness.watchdog.ledger import Entry
     from harness.watchdog.log import Log
 
 _MESSAGE_BYTES = 1 << 16
 _INT = struct.Struct("i")
 
 
-def run(launch: Launch, control: socket.socket, watchdog: int, log: Log, *, crash_grace_s: float) -> NoReturn:
+def run(
+    launch: Launch, control: socket.socket, watchdog: int, log: Log, entry: Entry, *, crash_grace_s: float
+) -> NoReturn:
     """Keep one server until nothing of it is left. SIGTERM is blocked when this is called."""
     try:
-        _isolate(control)
+        _isolate({control.fileno(), entry.descriptor})
         if os.getppid() != watchdog:
             os._exit(0)  # the watchdog has died; nothing has been started yet
-        _Keeper(launch, control, watchdog, min(launch.grace_s, crash_grace_s)).run()
+        _Keeper(launch, control, watchdog, log, entry, crash_grace_s=min(launch.grace_s, crash_grace_s)).run()
     except BaseException as error:  # noqa: BLE001 - whatever it is: the watchdog sweeps what a keeper leaves
         log.reopened().mistake(error)
     os._exit(1)
 
 
-def _isolate(control: socket.socket) -> None:
+def _isolate(kept: set[int]) -> None:
     # Another keeper's socket, the Pipe to the test process or a held port in this process would outlive their owners.
     os.setsid()
     kernel.become_subreaper()
     kernel.signal_at_parent_death(signal.SIGCONT)  # a keeper that was stopped must see the watchdog's end
     signal.set_wakeup_fd(-1)
-    kernel.close_all_but({0, 1, 2, control.fileno()})
+    kernel.close_all_but({0, 1, 2, *kept})
     limits.restore_descriptors()
 
 
@@ -64,8 +67,13 @@ def _wakeup() -> int:
 
 
 class _Keeper:
-    def __init__(self, launch: Launch, control: socket.socket, watchdog: int, crash_grace_s: float) -> None:
+    def __init__(
+        self, launch: Launch, control: socket.socket, watchdog: int, log: Log, entry: Entry, *, crash_grace_s: float
+    ) -> None:
         self._launch = launch
+        self._log = log
+        self._entry = entry
+        self._has_watchdog = True
         self._control = control
         self._rules = rules.KeeperRules(crash_grace_s=crash_grace_s)
         self._sweeper = sweep.Sweeper()
@@ -120,11 +128,15 @@ class _Keeper:
 
     def _start(self) -> spawn.Root:
         try:
-            root = spawn.fork_root(self._launch)
+            log = spawn.open_log(self._launch.log_path)
+            root = spawn.fork_root(self._launch, log, self._entry, self._log)
         except OSError as error:
-            self._handle(rules.RootDown(f"cannot fork: {error.strerror}"))
+            self._handle(rules.RootDown(f"cannot {error.strerror}"))
             self._handle(rules.Reaped(None, is_empty=True, is_new=False))  # this ends the keeper
             raise
+        # Before its root has started anything: until then it dies with this process.
+        self._entry.note_root(os.getpid(), root.pid, log)
+        os.close(log)
         self._watch(root.failure_pipe, self._see_start)
         return root
 
@@ -163,6 +175,9 @@ class _Keeper:
         for descriptor, source in list(self._sources.items()):
             if source in {self._lose_watchdog, self._read_order}:
                 self._forget(descriptor)
+        if self._has_watchdog:
+            self._has_watchdog = False
+            self._entry.note_members(procfs.descendants(os.getpid()))
         self._handle(rules.WatchdogGone())
 
     def _reap(self) -> None:
@@ -191,6 +206,10 @@ class _Keeper:
     # ---- effects
 
     def _tell(self, report: messages.Report) -> None:
+        if isinstance(report, (messages.TreeEmpty, messages.RootFailed)):
+            self._entry.remove()
+            if not self._has_watchdog:
+                self._entry.remove_watchdogs_cgroup()
         try:
             if isinstance(report, messages.RootStarted):
                 # With the number goes the process itself: the number may be given away before it is read.
@@ -215,6 +234,7 @@ class _Keeper:
         sweep.ask_tops(self._asked)
 
     def _sweep(self) -> None:
+        self._entry.kill()
         done = self._sweeper.sweep()
         self._handle(rules.Swept(done.is_new, len(done.alive)))
 

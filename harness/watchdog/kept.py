@@ -10,13 +10,15 @@ import struct
 
 from harness import messages, procfs, templates
 from harness.watchdog import keeper, limits
+from harness.watchdog.ledger import MARK
 from harness.watchdog.ports import PortHolds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from harness.messages import Launch
+    from collections.abc import Iterable
 
-if TYPE_CHECKING:
+    from harness.messages import Launch
+    from harness.watchdog.ledger import Entry, Ledger
     from harness.watchdog.log import Log
 
 _MESSAGE_BYTES = 1 << 16
@@ -28,8 +30,8 @@ _UNSENDABLE = (ProcessLookupError, PermissionError)
 class Kept:
     """One server that has a keeper."""
 
-    def __init__(self, key: int, launch: Launch, log: Log, *, crash_grace_s: float) -> None:
-        """Hold the ports and fork the keeper; raises OSError, with nothing held, if that fails."""
+    def __init__(self, key: int, launch: Launch, log: Log, ledger: Ledger, *, crash_grace_s: float) -> None:
+        """Hold the ports, record the server and fork the keeper; raises OSError, with nothing held, if that fails."""
         self.key = key
         self.name = launch.name
         self._holds = PortHolds(["", *launch.ports])
@@ -39,11 +41,16 @@ class Kept:
         self.is_empty = False
         self.is_hung_up = False
         self._asks_root = launch.ask == "root"
+        self._entry = ledger.open(key, launch)
         try:
-            self.control, self.pid = _fork(_filled(launch, self.ports), log, crash_grace_s)
+            filled = _filled(launch, self.ports, self._entry.mark)
+            self.control, self.pid = _fork(filled, log, self._entry, crash_grace_s)
         except OSError:
             self._holds.close()
+            self._entry.remove()
             raise
+        finally:
+            self._entry.close()
 
     def read(self) -> messages.Message | None:
         """Read one report; None if there is none now, or (`is_hung_up`) will be none any more."""
@@ -100,24 +107,34 @@ class Kept:
         """Kill the keeper, which the watchdog has not reaped, so its number is its own."""
         os.kill(self.pid, signal.SIGKILL)
 
+    def note_orphans(self, pids: Iterable[int]) -> None:
+        """Record what this server's keeper, which has died, may have left."""
+        self._entry.note_members(pids)
+
+    def kill_cgroup(self) -> None:
+        """Send SIGKILL to all that is in the server's cgroup: exactly its own, whoever keeps it."""
+        self._entry.kill()
+
     def release(self) -> None:
         """Give back the ports and every descriptor but the control socket, which ends with the keeper."""
         self._holds.close()
+        if not self.is_empty:
+            self._entry.remove()  # its keeper has not done it
         if self._root_pidfd is not None:
             os.close(self._root_pidfd)
             self._root_pidfd = None
 
 
-def _filled(launch: Launch, ports: dict[str, int]) -> Launch:
+def _filled(launch: Launch, ports: dict[str, int], mark: str) -> Launch:
     values = templates.Values(ports, launch.name, launch.log_dir)
-    environment = dict(launch.environment)
+    environment = {**launch.environment, MARK: mark}
     for name in launch.templated:
         environment[name] = templates.fill(environment[name], values)
     command = [templates.fill(argument, values) for argument in launch.command]
     return launch.replaced(command=command, environment=environment)
 
 
-def _fork(launch: Launch, log: Log, crash_grace_s: float) -> tuple[socket.socket, int]:
+def _fork(launch: Launch, log: Log, entry: Entry, crash_grace_s: float) -> tuple[socket.socket, int]:
     watchdog = os.getpid()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # Until the child ignores it, SIGTERM to it would be taken for one to the watchdog: they share the wake-up pipe.
@@ -127,7 +144,7 @@ def _fork(launch: Launch, log: Log, crash_grace_s: float) -> tuple[socket.socket
         limits.check_descriptor(theirs.fileno())
         pid = os.fork()
         if pid == 0:
-            keeper.run(launch, theirs, watchdog, log, crash_grace_s=crash_grace_s)
+            keeper.run(launch, theirs, watchdog, log, entry, crash_grace_s=crash_grace_s)
     except OSError:
         ours.close()
         raise

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 
+from harness import private
+
 
 class Log:
     """Appends lines to one file, which is made with the first line."""
@@ -22,9 +24,7 @@ class Log:
         """Append a line; a full disk or a missing directory must not disturb the watchdog."""
         try:
             if self._descriptor is None:
-                os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-                self._descriptor = os.open(self._path, flags, 0o600)
+                self._descriptor = private.open_file(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             now = time.strftime("%Y-%m-%dT%H:%M:%S")
             os.write(self._descriptor, f"{now} [{os.getpid()}] {text}\n".encode(errors="replace"))
         except OSError:

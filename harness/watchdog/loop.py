@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from harness.watchdog.client_process import ClientProcess
     from harness.watchdog.kept import Kept
+    from harness.watchdog.ledger import Ledger
     from harness.watchdog.log import Log
     from harness.watchdog.pipe import PipeEnd
 
@@ -51,11 +52,13 @@ class Loop:
         client: ClientProcess,
         owners: list[int],
         wakeup: int,
-        log: Log,
         *,
+        log: Log,
+        ledger: Ledger,
         crash_grace_s: float,
     ) -> None:
         """Take the Pipe, pidfds on the processes whose end is the run's end, and the descriptor that signals wake."""
+        self._ledger = ledger
         self._pipe = pipe
         self._client = client
         self._owners = owners
@@ -78,7 +81,7 @@ class Loop:
             events.Kill: self._kill,
             events.Signal: self._signal,
             events.KillKeeper: self._kill_keeper,
-            events.SweepOrphans: lambda effect: self._orphans.begin(kill=effect.kill),
+            events.SweepOrphans: self._sweep_orphans,
             events.Release: self._release,
             events.Answer: self._answer,
             events.InterruptClient: self._interrupt_client,
@@ -196,6 +199,7 @@ class Loop:
         self._forget(kept.control.fileno())
         kept.control.close()
         if not kept.is_empty:
+            kept.note_orphans(self._orphans.fresh())
             self._tell(events.KeeperLost(kept.key))
 
     def _orphan_ended(self, pid: int, returncode: int) -> None:
@@ -246,7 +250,7 @@ class Loop:
         try:
             from harness.watchdog.kept import Kept  # noqa: PLC0415 - see above
 
-            kept = Kept(effect.key, effect.launch, self._log, crash_grace_s=self._crash_grace_s)
+            kept = Kept(effect.key, effect.launch, self._log, self._ledger, crash_grace_s=self._crash_grace_s)
         except Exception as error:  # noqa: BLE001 - whatever it is, nothing was started, and the client must be told
             reason = limits.describe(error) if isinstance(error, OSError) else type(error).__name__
             self._tell(events.LaunchFailed(effect.key, f"{effect.launch.name!r}: cannot launch: {reason}"))
@@ -286,6 +290,12 @@ class Loop:
         if kept is not None and kept.pid in self._keepers:
             kept.end_keeper()
 
+    def _sweep_orphans(self, effect: events.SweepOrphans) -> None:
+        lost = [kept for kept in self._kept.values() if kept.pid not in self._keepers]
+        for kept in lost if effect.kill else []:
+            kept.kill_cgroup()
+        self._orphans.begin(kill=effect.kill)
+
     def _release(self, effect: events.Release) -> None:
         kept = self._kept.pop(effect.key, None)
         if kept is not None:
@@ -315,5 +325,6 @@ class Loop:
         # The last reply fits the buffer of a client that waits for it; one that does not read loses nothing else.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # it is being done
         self._pipe.flush()
+        self._ledger.close()
         self._log.write("all servers have been stopped: leaving")
         os._exit(0)

@@ -8,6 +8,7 @@ import signal
 from harness import procfs
 from harness.watchdog import kernel, limits
 from harness.watchdog.client_process import ClientProcess
+from harness.watchdog.ledger import Ledger
 from harness.watchdog.log import Log
 from harness.watchdog.loop import Loop
 from harness.watchdog.pipe import PipeEnd
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         """What the client gives: the Pipe's file descriptor, its own pid, the crash grace in seconds, a log path.
 
         `controller` is the pid of its parent if this must not outlive it either (pytest-xdist's controller), else None.
+        `cgroup` says whether cgroups may be used.
         """
 
         pipe: int
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
         controller: int | None
         crash_grace_s: float
         log: str
+        cgroup: bool
 
 
 def main(config: Config) -> NoReturn:
@@ -41,8 +44,10 @@ def main(config: Config) -> NoReturn:
         kernel.become_subreaper()
         limits.raise_descriptors()
         kernel.set_name("harness-watchd")
-        client = ClientProcess(config["client"], owners[0])
-        loop = Loop(PipeEnd(config["pipe"]), client, owners, _wakeup(), log, crash_grace_s=config["crash_grace_s"])
+        ledger = Ledger(os.path.dirname(config["log"]), config["client"], log, use_cgroups=config["cgroup"])
+        client, pipe = ClientProcess(config["client"], owners[0]), PipeEnd(config["pipe"])
+        crash_grace_s = config["crash_grace_s"]
+        loop = Loop(pipe, client, owners, _wakeup(), log=log, ledger=ledger, crash_grace_s=crash_grace_s)
         loop.run()
     except BaseException as error:  # noqa: BLE001 - whatever it is, the keepers must learn of it by this process's end
         log.mistake(error)

@@ -22,10 +22,17 @@ class Orphans:
         self._keepers = keepers
         self._sweeper = sweep.Sweeper()
         self._asked: set[int] = set()
+        self._known: set[int] = set()
         self._is_waited_for = False
         self._kill_limit: float | None = None
         self._pause_s = FIRST_PAUSE_S
         self.deadline: float | None = None
+
+    def fresh(self) -> list[int]:
+        """Give the orphans that have come since the last call, with all below them."""
+        tops = set(procfs.children(os.getpid())) - self._keepers() - self._known
+        self._known |= tops
+        return [*tops, *(pid for top in tops for pid in procfs.descendants(top))]
 
     def begin(self, *, kill: bool) -> None:
         """Ask the orphans, or begin to kill them."""
@@ -37,6 +44,7 @@ class Orphans:
     def reaped(self, pid: int) -> None:
         """Forget a reaped process, and look again at once."""
         self._asked.discard(pid)
+        self._known.discard(pid)
         self._sweeper.forget(pid)
         if self._is_waited_for:
             self._pause_s = FIRST_PAUSE_S

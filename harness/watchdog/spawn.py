@@ -11,13 +11,15 @@ import select
 import signal
 
 from harness.records import Record
-from harness.watchdog import kernel
+from harness.watchdog import cgroups, kernel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
     from harness.messages import Launch
+    from harness.watchdog.ledger import Entry
+    from harness.watchdog.log import Log
 
 # Dispositions that are "ignore" survive execve: the watchdog's and Python's own must not reach the server.
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ)
@@ -31,17 +33,45 @@ class Root(Record):
     failure_pipe: int
 
 
-def fork_root(launch: Launch) -> Root:
-    """Fork the root; raises OSError if that fails."""
+def open_log(path: str) -> int:
+    """Open a server's log file, made with mode 0600, never through a link; raises OSError with the reason in words."""
+    try:
+        # Opened without waiting: a FIFO that somebody has put there would hold the launch for good.
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        raise OSError(error.errno, f"open the log file {path!r}: {error.strerror}") from None
+    os.set_blocking(log, True)
+    return log
+
+
+def fork_root(launch: Launch, log: int, entry: Entry, watchdogs_log: Log) -> Root:
+    """Fork the root, whose output goes to the descriptor `log`; raises OSError if that fails."""
     keeper = os.getpid()
     read_end, write_end = os.pipe()
     try:
-        pid = os.fork()
+        pid = _fork()
         if pid == 0:
-            _execute(launch, keeper, write_end)
+            _enter(entry, watchdogs_log)
+            _execute(launch, log, keeper, write_end)
     finally:
         os.close(write_end)
     return Root(pid, os.pidfd_open(pid), read_end)
+
+
+def _fork() -> int:
+    try:
+        return os.fork()
+    except OSError as error:
+        raise OSError(error.errno, f"fork: {error.strerror}") from None
+
+
+def _enter(entry: Entry, watchdogs_log: Log) -> None:
+    # A server outside of its cgroup is stopped as well, only not in one step.
+    try:
+        if entry.cgroup:
+            cgroups.enter(entry.cgroup)
+    except OSError as error:
+        watchdogs_log.reopened().write(f"a server cannot enter its cgroup: {error.strerror}")
 
 
 def read_failure(root: Root) -> str | None:
@@ -52,15 +82,14 @@ def read_failure(root: Root) -> str | None:
         os.close(root.failure_pipe)
 
 
-def _execute(launch: Launch, keeper: int, failure_pipe: int) -> NoReturn:
+def _execute(launch: Launch, log: int, keeper: int, failure_pipe: int) -> NoReturn:
     doing = "prepare to execute"
     try:
         os.setsid()
         kernel.signal_at_parent_death(signal.SIGKILL)
         if os.getppid() != keeper:
             os._exit(127)
-        doing = f"open the log file {launch.log_path!r}"
-        _redirect(launch.log_path)
+        _redirect(log)
         doing = f"change to the directory {launch.cwd!r}"
         os.chdir(launch.cwd)
         doing = f"execute {launch.command[0]!r}"
@@ -72,9 +101,8 @@ def _execute(launch: Launch, keeper: int, failure_pipe: int) -> NoReturn:
     os._exit(127)
 
 
-def _redirect(log_path: str) -> None:
+def _redirect(log: int) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
-    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
 

@@ -167,7 +167,7 @@ def test_the_environment_is_the_test_processs_with_changes(
         env={"GONE": None, "NEVER": None, "OVER": "n={name} {braces}", "NEW": "", "ODD": "a=b"},
     )
     assert {"KEPT={port} stays: it is not from env=", "OVER=n=it {braces}", "NEW=", "ODD=a=b"} <= set(lines)
-    assert {line.split("=")[0] for line in lines} == {*os.environ, "NEW", "ODD"} - {"GONE"}
+    assert {line.split("=")[0] for line in lines} == {*os.environ, "NEW", "ODD", "HARNESS_SERVER"} - {"GONE"}
 
 
 def test_a_changed_directory_reaches_the_next_launch(

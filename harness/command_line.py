@@ -1,0 +1,125 @@
+"""`python -m harness`: what people and CI scripts ask for outside of a test run.
+
+Exit codes: 0 fine, 1 something was found, 2 wrong usage (argparse).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from typing import TYPE_CHECKING
+
+from harness import doctor, procfs, remains, state_dir
+from harness.errors import HarnessError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from harness.remains import Remains
+
+_LIMIT_S = 10.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carry out a command, print what it found, and give the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        found: int = options.command(options)
+    except HarnessError as error:
+        print(f"harness: {error}")  # noqa: T201 - a command prints
+        return 1
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m harness",
+        description="Look after servers that tests have launched.",
+        epilog="Exit codes: 0 fine, 1 something was found, 2 wrong usage.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    sweep = commands.add_parser(
+        "sweep",
+        help="show what dead runs have left behind, or end it",
+        description="Show the processes of servers whose watchdog and keeper have both died, or end them. Those of a"
+        " live run are never touched. The next watchdog that is started with this state directory ends them as well.",
+    )
+    sweep.add_argument("--yes", action="store_true", help="end what is found; exit with 1 if something survived")
+    sweep.set_defaults(command=_sweep)
+    check = commands.add_parser(
+        "doctor",
+        help="say what the harness finds on this machine",
+        description="Say what the harness finds on this machine, how it kills, and what to do where it is not fine.",
+    )
+    check.set_defaults(command=_doctor)
+    for command in (sweep, check):
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.add_argument("--state-dir", metavar="DIR", help="default: as for a run (HARNESS_STATE_DIR and so on)")
+    return parser
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    directory = state_dir.find(options.state_dir)
+    found = left = remains.find(directory)
+    rows = _rows(found)
+    if options.yes:
+        left = remains.end(directory, limit_s=_LIMIT_S)
+        survivors = {stat.pid for stats in left.processes.values() for stat in stats}
+        for row in rows:
+            row["outcome"] = "survived" if row["pid"] in survivors else "ended"
+    if options.json:
+        unreadable = [{"path": str(path), "reason": reason} for path, reason in found.unreadable.items()]
+        _print(json.dumps({"found": rows, "unreadable": unreadable}, indent=2))
+    else:
+        _print(_table(rows, found))
+    return 0 if left.is_empty else 1
+
+
+def _rows(found: Remains) -> list[dict[str, object]]:
+    return [
+        {
+            "run": path.parent.name,
+            "server": found.entries[path].name,
+            "pid": stat.pid,
+            "name": procfs.name(stat.pid),
+            "age_s": round(_age_s(stat), 1),
+            "outcome": "found",
+        }
+        for path, stats in found.processes.items()
+        for stat in sorted(stats, key=lambda stat: stat.pid)
+    ]
+
+
+def _age_s(stat: procfs.Stat) -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - stat.start_time / os.sysconf("SC_CLK_TCK")
+
+
+def _table(rows: list[dict[str, object]], found: Remains) -> str:
+    lines = [f"{'PID':>8}  {'AGE s':>8}  {'OUTCOME':8}  {'RUN':20}  {'SERVER':24}  PROCESS"] if rows else []
+    lines += [
+        f"{row['pid']:>8}  {row['age_s']:>8}  {row['outcome']:8}  {row['run']:20}  {_plain(row['server']):24}"
+        f"  {_plain(row['name'])}"
+        for row in rows
+    ]
+    lines += [f"{_plain(path)} cannot be read: {_plain(reason)}" for path, reason in found.unreadable.items()]
+    return "\n".join(lines or ["no dead run has left anything"])
+
+
+def _plain(text: object) -> str:
+    """Show what a process may have chosen itself: it must not steer a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in str(text))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    findings = doctor.examine(options.state_dir)
+    if options.json:
+        _print(json.dumps([finding.__dict__ for finding in findings], indent=2))
+    else:
+        _print("\n".join(finding.line() for finding in findings))
+    return 0 if all(finding.is_fine for finding in findings) else 1
+
+
+def _print(text: str) -> None:
+    print(text)  # noqa: T201 - a command prints

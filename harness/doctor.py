@@ -1,0 +1,135 @@
+"""What the harness finds on this machine: one finding for each thing that it needs or makes use of."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from harness import platform, procfs, remains, runs, state_dir
+from harness.errors import HarnessError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# A server costs its watchdog four descriptors, and at least two processes.
+_FEW_DESCRIPTORS = 1024
+_FEW_PROCESSES = 256
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; `advice` says what to do where it is not fine, or could be better."""
+
+    what: str
+    is_fine: bool
+    text: str
+    advice: str = ""
+
+    def line(self) -> str:
+        """Give it in one line."""
+        advice = f" -> {self.advice}" if self.advice else ""
+        return f"{'ok ' if self.is_fine else 'BAD'}  {self.what}: {self.text}{advice}"
+
+
+def examine(given_state_dir: str | None = None) -> list[Finding]:
+    """Look at everything; nothing is changed but that the state directory is made."""
+    found = [_platform()]
+    if not found[0].is_fine:
+        return found
+    found += [
+        _kernel(),
+        _kill_path(),
+        _limit("RLIMIT_NOFILE", _FEW_DESCRIPTORS),
+        _limit("RLIMIT_NPROC", _FEW_PROCESSES),
+    ]
+    try:
+        directory = state_dir.find(given_state_dir)
+    except HarnessError as error:
+        advice = "set HARNESS_STATE_DIR to a directory of your own"
+        return [*found, Finding("state directory", is_fine=False, text=str(error), advice=advice)]
+    return [*found, _state_dir(directory), _lock(directory), *_remains(directory)]
+
+
+def _platform() -> Finding:
+    try:
+        platform.check()
+    except HarnessError as error:
+        return Finding("platform", is_fine=False, text=str(error), advice="run on Linux 5.4 or newer")
+    return Finding("platform", is_fine=True, text="pidfds, subreapers and /proc/PID/task/TID/children are there")
+
+
+def _kernel() -> Finding:
+    return Finding("kernel", is_fine=True, text=f"{os.uname().sysname} {os.uname().release}")
+
+
+def _kill_path() -> Finding:
+    from harness.watchdog import cgroups  # noqa: PLC0415 - only where the platform is Linux
+
+    sweep = "the sweep is in force: round after round until the kernel says that nothing is left"
+    if os.environ.get("HARNESS_CGROUP") == "off":
+        return Finding("kill path", is_fine=True, text=f"{sweep} (HARNESS_CGROUP=off)")
+    me = procfs.stat(os.getpid())
+    place = cgroups.make(f"harness-{os.getpid()}-{me.start_time if me else 0}")
+    reason = place.reason
+    if place.directory:
+        reason = _try_to_enter(place.directory)
+        cgroups.remove(place.directory)
+    if not reason:
+        return Finding("kill path", is_fine=True, text=f"cgroup.kill, below {os.path.dirname(place.directory)}")
+    advice = "systemd-run --user --scope -p Delegate=yes COMMAND gives a cgroup in which a server is killed at once"
+    return Finding("kill path", is_fine=True, text=f"{sweep} ({reason})", advice=advice)
+
+
+def _try_to_enter(directory: str) -> str:
+    """Have a child enter a cgroup, as a server would; give the reason if it cannot."""
+    from harness.watchdog import cgroups  # noqa: PLC0415 - only where the platform is Linux
+
+    child = os.fork()
+    if child == 0:
+        try:
+            cgroups.enter(directory)
+        except OSError as error:
+            os._exit(error.errno or 1)
+        os._exit(0)
+    failure = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return f"a process cannot be moved into a cgroup: {os.strerror(failure)}" if failure else ""
+
+
+def _limit(name: str, few: int) -> Finding:
+    import resource  # noqa: PLC0415 - not there on every platform that can import this module
+
+    soft, hard = resource.getrlimit(getattr(resource, name))
+    shown = ["unlimited" if value == resource.RLIM_INFINITY else str(value) for value in (soft, hard)]
+    is_enough = hard == resource.RLIM_INFINITY or hard >= few
+    advice = "" if is_enough else f"raise it to {few} or more: few servers can be launched"
+    return Finding(name, is_fine=is_enough, text=f"{shown[0]} (at most {shown[1]})", advice=advice)
+
+
+def _state_dir(directory: Path) -> Finding:
+    found = directory.stat()
+    text = f"{directory}, of user {found.st_uid}, mode {stat.S_IMODE(found.st_mode):04o}"
+    return Finding("state directory", is_fine=True, text=text)
+
+
+def _lock(directory: Path) -> Finding:
+    import filelock  # noqa: PLC0415 - 90 ms
+
+    try:
+        with filelock.FileLock(directory / "doctor.lock", timeout=1.0, fallback_to_soft=False):
+            return Finding("file locks", is_fine=True, text="filelock works in the state directory")
+    except (OSError, NotImplementedError) as error:
+        advice = "set HARNESS_STATE_DIR to a directory on a local file system"
+        return Finding("file locks", is_fine=False, text=f"filelock fails: {error}", advice=advice)
+
+
+def _remains(directory: Path) -> list[Finding]:
+    found = remains.find(directory)
+    left = sum(map(len, found.processes.values()))
+    advice = "python -m harness sweep --yes ends them" if left else ""
+    text = f"{len(runs.entries(directory))} servers in the ledger; dead runs have left {left} processes"
+    findings = [Finding("ledger", is_fine=not left, text=text, advice=advice)]
+    for path, reason in found.unreadable.items():
+        findings.append(Finding("ledger", is_fine=False, text=f"{path}: {reason}", advice="look at it, and remove it"))
+    return findings

@@ -68,7 +68,8 @@ def test_a_hard_limit_that_is_too_low_is_named_and_what_runs_is_still_looked_aft
             outcome = lost.stop()
             assert outcome.how == "killed", outcome
             assert lost.pids() == []
-            servers.append(watchdog.launch(["sleep", "100"]))  # in its place
+            servers[1].kill()  # the watchdog's log has taken a descriptor of the lost one
+            servers.append(watchdog.launch(["sleep", "100"]))  # in their place
             report = watchdog.stop(servers, grace_s=0.2)
             assert report.is_clean, report
         """,

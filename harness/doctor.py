@@ -83,18 +83,17 @@ def _kill_path() -> Finding:
 
 
 def _try_to_enter(directory: str) -> str:
-    """Have a child enter a cgroup, as a server would; give the reason if it cannot."""
-    from harness.watchdog import cgroups  # noqa: PLC0415 - only where the platform is Linux
+    """Have a child be born in a cgroup, as a server would; give the reason if it cannot."""
+    from harness.watchdog import kernel  # noqa: PLC0415 - only where the platform is Linux
 
-    child = os.fork()
+    try:
+        child = kernel.fork_into(directory)
+    except OSError as error:
+        return f"no process can be started in a cgroup: {error.strerror}"
     if child == 0:
-        try:
-            cgroups.enter(directory)
-        except OSError as error:
-            os._exit(error.errno or 1)
         os._exit(0)
-    failure = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return f"a process cannot be moved into a cgroup: {os.strerror(failure)}" if failure else ""
+    os.waitpid(child, 0)
+    return ""
 
 
 def _limit(name: str, few: int) -> Finding:
@@ -114,11 +113,13 @@ def _state_dir(directory: Path) -> Finding:
 
 
 def _lock(directory: Path) -> Finding:
-    import filelock  # noqa: PLC0415 - 90 ms
-
     try:
+        import filelock  # noqa: PLC0415 - 90 ms
+
         with filelock.FileLock(directory / "doctor.lock", timeout=1.0, fallback_to_soft=False):
             return Finding("file locks", is_fine=True, text="filelock works in the state directory")
+    except ImportError as error:
+        return Finding("file locks", is_fine=False, text=str(error), advice="pip install filelock")
     except (OSError, NotImplementedError) as error:
         advice = "set HARNESS_STATE_DIR to a directory on a local file system"
         return Finding("file locks", is_fine=False, text=f"filelock fails: {error}", advice=advice)

@@ -62,7 +62,7 @@ def make(name: str) -> Place:
         return above
     place = Place(f"{above.directory}/{name}", "")
     try:
-        # To move a process takes the right to write to the common ancestor as well.
+        # To put a process there takes the right to write to the common ancestor as well.
         os.close(os.open(f"{above.directory}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC))
         os.mkdir(place.directory)
     except OSError as error:
@@ -78,11 +78,6 @@ def _what_is_missing(directory: str) -> str:
         return "cgroup.kill is missing: that needs Linux 5.14"
     kind = _lines(f"{directory}/cgroup.type")[0]
     return "" if kind == "domain" else f"a new cgroup here takes no process: its type is {kind!r}"
-
-
-def enter(directory: str) -> None:
-    """Move this process into a cgroup; raises OSError."""
-    _write(f"{directory}/cgroup.procs", b"0")
 
 
 def kill(directory: str) -> bool:

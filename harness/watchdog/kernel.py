@@ -1,4 +1,4 @@
-"""The system calls that Python 3.10 does not offer: prctl(2), close_range(2).
+"""The system calls that Python 3.10 does not offer: prctl(2), clone3(2) and close_range(2).
 
 Called only from single-threaded processes (the watchdog, a keeper, a root before it executes its program), so the
 thread that PR_SET_PDEATHSIG watches is the whole parent.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal as signals
+import struct
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -22,6 +24,32 @@ _syscall = _libc.syscall
 _syscall.argtypes = [ctypes.c_long, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint]
 _prctl = _libc.prctl
 _prctl.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
+
+
+# Not released while it is called: a child that has been cloned must find Python's lock in its own hands.
+_locked_syscall = ctypes.PyDLL(None, use_errno=True).syscall
+_CLONE3 = 435  # the same on every architecture that Python 3.10 runs on
+_CLONE_INTO_CGROUP = 0x200000000
+# struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack, its size, tls, set_tid, its size, cgroup.
+_CLONE_ARGS = struct.Struct("=11Q")
+
+
+def fork_into(cgroup: str) -> int:
+    """Fork a child that is born in a cgroup, given as a directory (Linux 5.7, clone3(2)); raises OSError.
+
+    To move a process costs it 10 ms or more on a busy machine (the kernel waits until no process forks); to be born
+    there costs nothing. The child is for executing a program at once: what Python does after a fork is not done in it.
+    """
+    descriptor = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        arguments = _CLONE_ARGS.pack(_CLONE_INTO_CGROUP, 0, 0, 0, signals.SIGCHLD, 0, 0, 0, 0, 0, descriptor)
+        pid: int = _locked_syscall(_CLONE3, arguments, len(arguments))
+        if pid < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, f"clone3: {os.strerror(number)}")
+    finally:
+        os.close(descriptor)
+    return pid
 
 
 def become_subreaper() -> None:

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 
 from harness import private, procfs
 from harness.watchdog import cgroups
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 VERSION = 1
 # The variable in a server's environment that says which entry is its own.
 MARK = "HARNESS_SERVER"
+_FRESH = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _LONGEST_NAME = 200
 _MOST_MEMBERS = 10_000
 
@@ -39,6 +41,7 @@ class Ledger:
         self._client = client
         self._log = log
         self._use_cgroups = use_cgroups
+        self._descriptor = -1
         self._facts: dict[str, object] | None = None
         self._place = cgroups.Place("", "HARNESS_CGROUP is off")
 
@@ -50,8 +53,17 @@ class Ledger:
         cgroup, inode = self._new_cgroup(key)
         entry = Entry(f"{self._run}/{private.ENTRY_PREFIX}{key}{private.ENTRY_SUFFIX}", mark, cgroup, self._log)
         facts = {"name": launch.name[:_LONGEST_NAME], "mark": mark, "log": launch.log_path, "cgroup": [cgroup, inode]}
-        entry.create({**self._facts, **facts})
+        try:
+            entry.create(self._directory(), {**self._facts, **facts})
+        except OSError as error:
+            self._log.write(f"cannot record {entry.path}: {error.strerror}")
         return entry
+
+    def _directory(self) -> int:
+        # Kept open: to look for it at every launch would cost more than the rest. A cleaner may have removed it.
+        if self._descriptor < 0 or os.fstat(self._descriptor).st_nlink == 0:
+            self._descriptor = private.open_run(self._run, make=True)
+        return self._descriptor
 
     def _look(self) -> dict[str, object]:
         me, client = procfs.stat(os.getpid()), procfs.stat(self._client)
@@ -97,39 +109,34 @@ class Entry:
         self._log = log
         self.descriptor = -1
 
-    def create(self, facts: dict[str, object]) -> None:
-        """Make the entry's file, which is never seen without its first line."""
-        fresh = f"{self.path}.new"
+    def create(self, run: int, facts: dict[str, object]) -> None:
+        """Make the entry's file, which is never seen without its first line; raises OSError, and there is none then."""
+        name = os.path.basename(self.path)
+        fresh = f"{name}.new"
+        descriptor = os.open(fresh, _FRESH, 0o600, dir_fd=run)
         try:
-            self.descriptor = self._make(fresh)
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._write(self.descriptor, json.dumps(facts) + "\n")
-            os.rename(fresh, self.path)
-        except OSError as error:
-            self._fail(error)
-            self._unlink(fresh)
-            self.close()
-
-    @staticmethod
-    def _make(path: str) -> int:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
-        try:
-            return private.open_file(path, flags)
-        except FileExistsError:
-            os.unlink(path)
-            return private.open_file(path, flags)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._write(descriptor, json.dumps(facts) + "\n")
+            os.rename(fresh, name, src_dir_fd=run, dst_dir_fd=run)
+        except OSError:
+            os.close(descriptor)
+            os.unlink(fresh, dir_fd=run)
+            raise
+        self.descriptor = descriptor
 
     def note_root(self, keeper: int, root: int, log: int) -> None:
         """Add who the keeper and the root are, and which file the descriptor `log` is; for the keeper."""
         found = os.fstat(log)
-        who = [[pid, stat.start_time] for pid in (keeper, root) if (stat := procfs.stat(pid)) is not None]
+        who = [[pid, each.start_time] for pid in (keeper, root) if (each := procfs.stat(pid)) is not None]
+        # Who has a device or a FIFO open has nothing to do with the server for that.
+        file = f', "file": {[found.st_dev, found.st_ino]}' if stat.S_ISREG(found.st_mode) else ""
         if len(who) == 2:  # noqa: PLR2004 - both; the root is a child of the caller, which has not reaped it
-            self._append(f'{{"keeper": {who[0]}, "root": {who[1]}, "file": {[found.st_dev, found.st_ino]}}}')
+            self._append(f'{{"keeper": {who[0]}, "root": {who[1]}{file}}}')
 
     def note_members(self, pids: Iterable[int]) -> None:
         """Add who is in the tree now; for whoever sees that the other one of watchdog and keeper has died."""
-        stats = [stat for stat in map(procfs.stat, pids) if stat is not None and stat.state not in "ZX"]
-        members = [[stat.pid, stat.start_time] for stat in stats[:_MOST_MEMBERS]]
+        found = [each for each in map(procfs.stat, pids) if each is not None and each.state not in "ZX"]
+        members = [[each.pid, each.start_time] for each in found[:_MOST_MEMBERS]]
         if members:
             self._append(f'{{"members": {members}}}')
 

@@ -6,12 +6,13 @@ means success, whatever the program does next.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
 
 from harness.records import Record
-from harness.watchdog import cgroups, kernel
+from harness.watchdog import kernel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from harness.watchdog.ledger import Entry
     from harness.watchdog.log import Log
 
+# The limit of processes is reached, or there is no memory: another way to fork would fail as well.
+_ABOUT_FORKING = {errno.EAGAIN, errno.ENOMEM}
 # Dispositions that are "ignore" survive execve: the watchdog's and Python's own must not reach the server.
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ)
 
@@ -49,29 +52,27 @@ def fork_root(launch: Launch, log: int, entry: Entry, watchdogs_log: Log) -> Roo
     keeper = os.getpid()
     read_end, write_end = os.pipe()
     try:
-        pid = _fork()
+        pid = _fork_into(entry.cgroup, watchdogs_log)
         if pid == 0:
-            _enter(entry, watchdogs_log)
             _execute(launch, log, keeper, write_end)
     finally:
         os.close(write_end)
     return Root(pid, os.pidfd_open(pid), read_end)
 
 
-def _fork() -> int:
+def _fork_into(cgroup: str, watchdogs_log: Log) -> int:
+    # A server outside of its cgroup is stopped as well, only not in one step.
+    try:
+        if cgroup:
+            return kernel.fork_into(cgroup)
+    except OSError as error:
+        if error.errno in _ABOUT_FORKING:
+            raise
+        watchdogs_log.reopened().write(f"a server is launched outside of its cgroup: {error.strerror}")
     try:
         return os.fork()
     except OSError as error:
         raise OSError(error.errno, f"fork: {error.strerror}") from None
-
-
-def _enter(entry: Entry, watchdogs_log: Log) -> None:
-    # A server outside of its cgroup is stopped as well, only not in one step.
-    try:
-        if entry.cgroup:
-            cgroups.enter(entry.cgroup)
-    except OSError as error:
-        watchdogs_log.reopened().write(f"a server cannot enter its cgroup: {error.strerror}")
 
 
 def read_failure(root: Root) -> str | None:

@@ -18,6 +18,8 @@ from harness import frames
 
 _PEEK_BYTES = 1 << 18
 _SLICE_S = 1.0
+# poll(2) counts milliseconds in 31 bits, and Python raises OverflowError for more.
+_LONGEST_POLL_S = 86400.0
 # The message id of what a watchdog says that cannot start.
 _LAST_WORDS = 0
 
@@ -131,4 +133,4 @@ class Channel:
     def _await(self, event: int, deadline: float) -> bool:
         poll = select.poll()
         poll.register(self._socket, event)
-        return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+        return bool(poll.poll(min(max(0.0, deadline - time.monotonic()), _LONGEST_POLL_S) * 1000))

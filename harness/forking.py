@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 
 _BOOT = Path(__file__).with_name("watchdog") / "boot.py"
 
+# What finds the interpreter and its libraries, and says how its texts and times are read; coverage's; and our own.
+_NEEDED = frozenset({"LANG", "PATH", "TZ"})
+_NEEDED_BEGINNINGS = ("LC_", "LD_", "COVERAGE_", "COV_CORE_", "HARNESS_")
+
+# poll(2) counts milliseconds in 31 bits, and Python raises OverflowError for more.
+_LONGEST_POLL_S = 86400.0
+
 _processes: weakref.WeakSet[WatchdogProcess] = weakref.WeakSet()
 
 
@@ -70,7 +77,7 @@ class WatchdogProcess:
         """Say whether it has ended, waiting for that at most `timeout_s`."""
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
-        return bool(poll.poll(timeout_s * 1000))
+        return bool(poll.poll(min(timeout_s, _LONGEST_POLL_S) * 1000))
 
     def _close_at_exit(self) -> None:
         try:
@@ -156,7 +163,7 @@ def _become_watchdog(pipe: int, config: dict[str, object]) -> NoReturn:
         _close_all_but(pipe)
         _reset_signals()
         program = [sys.executable, *_flags(), str(_BOOT), json.dumps({"pipe": pipe, **config})]
-        os.execv(program[0], program)  # noqa: S606 - no shell is wanted
+        os.execve(program[0], program, _environment())  # noqa: S606 - no shell is wanted
     except BaseException as error:  # noqa: BLE001 - whatever it is, this child must end here and say why
         from harness import frames, messages  # noqa: PLC0415 - needed here only
 
@@ -173,6 +180,11 @@ def _flags() -> list[str]:
     flags = ["-I"] if is_measured else ["-I", "-S"]
     # Names and texts must be encoded as the test process decoded them.
     return [*flags, "-X", f"utf8={sys.flags.utf8_mode}"]
+
+
+def _environment() -> dict[str, str]:
+    """Give what the watchdog's interpreter needs, and nothing else: the test process's environment holds tokens."""
+    return {name: os.environ[name] for name in os.environ if name in _NEEDED or name.startswith(_NEEDED_BEGINNINGS)}
 
 
 def _close_all_but(kept: int) -> None:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import struct
 
-from harness.records import Record
+from harness.records import Record, Sealed
 
 _LENGTH = struct.Struct("!i")
 _HEADER = struct.Struct("!IHH")
 CHUNK_BYTES = 32_000
 MESSAGE_BYTES = 8 << 20
 UNFINISHED_MESSAGES = 64
+# Two messages of the largest size: a sender that begins more and ends none is broken, and must not fill the memory.
+UNFINISHED_BYTES = 2 * MESSAGE_BYTES
 
 
 class FrameError(ValueError):
@@ -37,13 +39,14 @@ def split(message_id: int, message: bytes) -> list[bytes]:
     """Cut a message into frames; raises FrameError if it is larger than 8 MiB."""
     if len(message) > MESSAGE_BYTES:
         raise FrameError(f"a message of {len(message)} bytes: the limit is {MESSAGE_BYTES}")
-    parts = [message[at : at + CHUNK_BYTES] for at in range(0, len(message), CHUNK_BYTES)] or [b""]
+    sealed = Sealed(message)
+    parts = [sealed[at : at + CHUNK_BYTES] for at in range(0, len(sealed), CHUNK_BYTES)] or [sealed]
     return [_frame(Chunk(message_id, index, len(parts), data)) for index, data in enumerate(parts)]
 
 
 def _frame(chunk: Chunk) -> bytes:
-    body = _HEADER.pack(chunk.message_id, chunk.part, chunk.parts) + chunk.data
-    return _LENGTH.pack(len(body)) + body
+    header = _HEADER.pack(chunk.message_id, chunk.part, chunk.parts)
+    return Sealed(_LENGTH.pack(len(header) + len(chunk.data)) + header + chunk.data)
 
 
 def parse(data: bytes) -> tuple[list[Chunk], int]:
@@ -72,20 +75,26 @@ def _chunk(body: bytes) -> Chunk:
 class Assembler:
     """Puts the chunks of messages together again, also when those of several messages come mixed.
 
-    A message whose sender gave up half-way is forgotten after some others have begun.
+    A message whose sender gave up half-way is forgotten after some others have begun, the oldest first: at most 64
+    messages and 16 MiB are held.
     """
 
     def __init__(self) -> None:
         """Begin with nothing."""
         self._parts: dict[int, dict[int, bytes]] = {}
+        self._held_bytes = 0
 
     def add(self, chunk: Chunk) -> bytes | None:
         """Take a chunk; give the message if it is complete now."""
         parts = self._parts.setdefault(chunk.message_id, {})
+        self._held_bytes += len(chunk.data) - len(parts.get(chunk.part, b""))
         parts[chunk.part] = chunk.data
         if len(parts) == chunk.parts:
-            del self._parts[chunk.message_id]
+            self._forget(chunk.message_id)
             return b"".join(parts[index] for index in sorted(parts))
-        while len(self._parts) > UNFINISHED_MESSAGES:
-            del self._parts[next(iter(self._parts))]
+        while len(self._parts) > UNFINISHED_MESSAGES or self._held_bytes > UNFINISHED_BYTES:
+            self._forget(next(iter(self._parts)))
         return None
+
+    def _forget(self, message_id: int) -> None:
+        self._held_bytes -= sum(map(len, self._parts.pop(message_id).values()))

@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import marshal
 
-from harness.records import Record
+from harness.records import Record, Sealed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import TypeAlias
+    from collections.abc import Callable
+    from typing import TypeAlias, TypeVar
+
+    _Kind = TypeVar("_Kind", bound=Record)
 
 
 class MessageError(ValueError):
@@ -258,16 +261,16 @@ _KINDS: dict[str, type[Message]] = {
 }
 
 
-def encode(message: Message) -> bytes:
+def encode(message: Message) -> Sealed:
     """Give the message's form on the wire."""
-    return json.dumps([type(message).__name__, message.as_dict()], default=list).encode()
+    return Sealed(json.dumps([type(message).__name__, message.as_dict()], default=list).encode())
 
 
 def decode(data: bytes) -> Message:
-    """Read a message; raises MessageError for anything else."""
+    """Read a message; raises MessageError for anything else, a field of another type included."""
     try:
         name, fields = json.loads(data)
-        return _with_nested(_KINDS[name](**fields))
+        return _with_nested(_checked(_KINDS[name](**fields)))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise MessageError(f"not a message: {type(error).__name__}") from None
 
@@ -289,7 +292,7 @@ def _plain(value: object) -> object:
 
 def _with_nested(message: Message) -> Message:
     if isinstance(message, Stopped):
-        outcomes = [Outcome(*fields) for fields in message.outcomes]
+        outcomes = [_checked(Outcome(*fields)) for fields in message.outcomes]
         return message.replaced(outcomes=[o.replaced(survivors=_survivors(o.survivors)) for o in outcomes])
     if isinstance(message, Unkilled):
         return Unkilled(_survivors(message.survivors))
@@ -297,4 +300,55 @@ def _with_nested(message: Message) -> Message:
 
 
 def _survivors(rows: list[Survivor]) -> list[Survivor]:
-    return [Survivor(*row) for row in rows]
+    return [_checked(Survivor(*row)) for row in rows]
+
+
+# ---- what a field may hold
+
+# No number, size or time (in seconds) is as large as that.
+_NO_NUMBER = 1 << 64
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _NO_NUMBER
+
+
+def _is_time(value: object) -> bool:
+    # NaN, and what a sum of times cannot be, would make a deadline that never passes.
+    return _is_int(value) or (isinstance(value, float) and abs(value) < _NO_NUMBER)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list_of(is_item: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_item, value))
+
+
+def _is_map_to(is_item: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(is_item, value.values()))
+
+
+# By the text of the field's annotation: typing is not imported in the watchdog. Names in JSON objects are texts.
+_IS: dict[str, Callable[[object], bool]] = {
+    "int": _is_int,
+    "float": _is_time,
+    "str": _is_text,
+    "bool": lambda value: isinstance(value, bool),
+    "int | None": lambda value: value is None or _is_int(value),
+    "float | None": lambda value: value is None or _is_time(value),
+    "list[int]": _is_list_of(_is_int),
+    "list[str]": _is_list_of(_is_text),
+    "list[Survivor]": _is_list_of(lambda value: isinstance(value, list)),
+    "list[Outcome]": _is_list_of(lambda value: isinstance(value, list)),
+    "dict[str, int]": _is_map_to(_is_int),
+    "dict[str, str]": _is_map_to(_is_text),
+}
+
+
+def _checked(record: _Kind) -> _Kind:
+    for field, kind in type(record).__annotations__.items():
+        if not _IS[kind](getattr(record, field)):
+            raise TypeError(field)
+    return record

@@ -1,4 +1,4 @@
-"""`Record`: a base for small frozen types, as typing.NamedTuple and dataclasses make them.
+"""`Record`: a base for small frozen types, as typing.NamedTuple and dataclasses make them; `Sealed`: secret bytes.
 
 The watchdog is started beside every pytest process. Importing `typing` alone costs it 0.6 MiB, `dataclasses` 2 MiB, and
 each NamedTuple is compiled when it is defined; a Record costs next to nothing. Type checkers see a frozen dataclass.
@@ -65,3 +65,16 @@ class Record:
     def replaced(self, **changes: Any) -> Self:
         """Give a copy with other values in some fields."""
         return type(self)(**{**self.__dict__, **changes})
+
+
+class Sealed(bytes):
+    """Bytes that do not show what they hold: some tracebacks show arguments and locals, and messages hold tokens."""
+
+    def __repr__(self) -> str:
+        """Say how many bytes they are."""
+        return f"<{len(self)} bytes>"
+
+    def __getitem__(self, part: Any) -> Any:
+        """Give a part, which is sealed as well."""
+        found = super().__getitem__(part)
+        return Sealed(found) if isinstance(found, bytes) else found

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _MESSAGE_BYTES = 1 << 16
 _INT = struct.Struct("i")
+# poll(2) counts milliseconds in 31 bits, and Python raises OverflowError for more.
+_LONGEST_POLL_S = 86400.0
 
 
 def run(
@@ -107,7 +109,7 @@ class _Keeper:
     def _timeout_ms(self) -> float | None:
         if self._rules.deadline is None:
             return None
-        return max(0.0, self._rules.deadline - time.monotonic()) * 1000 + 0.2
+        return min(max(0.0, self._rules.deadline - time.monotonic()), _LONGEST_POLL_S) * 1000 + 0.2
 
     def _watch(self, descriptor: int, source: Callable[[], None]) -> None:
         self._poll.register(descriptor, select.POLLIN)

@@ -43,6 +43,12 @@ _REQUESTS = (
 )
 
 
+_UNSENT_BYTES = 1 << 20
+_LAST_REPLIES_S = 1.0
+# epoll_wait(2) counts milliseconds in 31 bits, and Python raises OverflowError for more.
+_LONGEST_POLL_S = 86400.0
+
+
 class Loop:
     """Everything that the watchdog process does after it has been set up."""
 
@@ -114,7 +120,7 @@ class Loop:
     def _timeout_s(self) -> float:
         deadlines = (self._supervisor.next_deadline(), self._orphans.deadline, self._adopting.deadline)
         times = [deadline for deadline in deadlines if deadline is not None]
-        return max(0.0, min(times) - time.monotonic()) if times else -1
+        return min(max(0.0, min(times) - time.monotonic()), _LONGEST_POLL_S) if times else -1
 
     def _watch(self, descriptor: int, source: Callable[[], None]) -> None:
         self._epoll.register(descriptor, select.EPOLLIN)
@@ -125,8 +131,14 @@ class Loop:
             self._epoll.unregister(descriptor)
 
     def _tell(self, event: events.Event) -> None:
+        failures: list[Exception] = []
         for effect in self._supervisor.handle(event, time.monotonic()):
-            self._effects[type(effect)](effect)
+            try:
+                self._effects[type(effect)](effect)
+            except Exception as error:  # noqa: BLE001, PERF203 - the effects that follow must be carried out as well
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     # ---- sources of events
 
@@ -135,6 +147,8 @@ class Loop:
 
     def _read_pipe(self) -> None:
         self._flush()
+        if self._pipe.unsent_bytes > _UNSENT_BYTES:
+            return  # a client that asks and asks but reads no reply is not listened to, or these would fill the memory
         try:
             received = self._pipe.receive()
         except EOFError:
@@ -262,7 +276,11 @@ class Loop:
             kept.end_keeper()  # unheard it is of no use; its end is seen, and its tree swept
 
     def _take(self, effect: events.Take) -> None:
-        self._adopting.take(effect.key, effect.adopt)
+        try:
+            self._adopting.take(effect.key, effect.adopt)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client must be told
+            reason = f"{effect.adopt.name!r}: cannot adopt: {type(error).__name__}"
+            self._tell(events.LaunchFailed(effect.key, reason))
 
     def _ask(self, effect: events.Ask) -> None:
         kept = [self._kept[key] for key in effect.keys if key in self._kept]
@@ -318,13 +336,13 @@ class Loop:
     def _flush(self) -> None:
         if self._pipe.descriptor in self._sources:
             self._pipe.flush()
-            waits_for = select.EPOLLIN | (select.EPOLLOUT if self._pipe.has_unsent else 0)
-            self._epoll.modify(self._pipe.descriptor, waits_for)
+            reads = 0 if self._pipe.unsent_bytes > _UNSENT_BYTES else select.EPOLLIN
+            self._epoll.modify(self._pipe.descriptor, reads | (select.EPOLLOUT if self._pipe.unsent_bytes else 0))
 
     def _leave(self) -> NoReturn:
-        # The last reply fits the buffer of a client that waits for it; one that does not read loses nothing else.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # it is being done
-        self._pipe.flush()
+        # The Pipe holds some 280 replies; where more threads wait, the last one is Close's.
+        self._pipe.finish(_LAST_REPLIES_S)
         self._ledger.close()
         self._log.write("all servers have been stopped: leaving")
         os._exit(0)

@@ -6,6 +6,8 @@ It never blocks: neither on a frame that comes in pieces, nor on a client that d
 from __future__ import annotations
 
 import os
+import select
+import time
 from collections import deque
 
 from harness import frames
@@ -23,6 +25,7 @@ class PipeEnd:
         self._read = b""
         self._assembler = frames.Assembler()
         self._unsent: deque[bytes] = deque()
+        self.unsent_bytes = 0
 
     def receive(self) -> list[tuple[int, bytes]]:
         """Give the messages that are complete; raises EOFError at the end, FrameError for what is no frame."""
@@ -41,7 +44,9 @@ class PipeEnd:
 
     def send(self, message_id: int, message: bytes) -> None:
         """Queue a message and send what the client's buffer takes."""
-        self._unsent.extend(frames.split(message_id, message))
+        parts = frames.split(message_id, message)
+        self._unsent.extend(parts)
+        self.unsent_bytes += sum(map(len, parts))
         self.flush()
 
     def flush(self) -> None:
@@ -49,6 +54,7 @@ class PipeEnd:
         try:
             while self._unsent:
                 written = os.write(self.descriptor, self._unsent[0])
+                self.unsent_bytes -= written
                 rest = self._unsent.popleft()[written:]
                 if rest:
                     self._unsent.appendleft(rest)
@@ -56,8 +62,13 @@ class PipeEnd:
             return
         except (BrokenPipeError, ConnectionResetError):
             self._unsent.clear()
+            self.unsent_bytes = 0
 
-    @property
-    def has_unsent(self) -> bool:
-        """Say whether something waits for the client to read."""
-        return bool(self._unsent)
+    def finish(self, timeout_s: float) -> None:
+        """Send everything to a client that reads; a client that does not loses it after that time."""
+        poll = select.poll()
+        poll.register(self.descriptor, select.POLLOUT)
+        deadline = time.monotonic() + timeout_s
+        self.flush()
+        while self._unsent and poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            self.flush()

@@ -43,6 +43,10 @@ KEEPER_ANSWER_S = 1.0
 KILL_LIMIT_S = 5.0
 # The root of a lost keeper is dead. What it left has a short grace: nobody would sweep it if the watchdog died as well.
 LOST_GRACE_S = 1.0
+# Each thread of a client waits for one reply; a client that asks without waiting must not fill the memory.
+MOST_UNANSWERED = 1024
+# SIGRTMAX, signal(7).
+_LAST_SIGNAL = 64
 
 
 class Supervisor:
@@ -108,6 +112,9 @@ class Supervisor:
             return
         # The client chose the number, so it can stop a server whose launch it did not see the end of.
         key = request_id
+        if key in self._servers:
+            self._answer(request_id, Failed("HarnessError", f"there is a server number {key} already"))
+            return
         server = self._servers[key] = Tracked(key, request.name, request.grace_s, self._deadlines)
         self._living += 1
         self._hangs.launched(key)
@@ -124,6 +131,8 @@ class Supervisor:
         unknown = [key for key in keys if key not in self._servers]
         if unknown:
             self._answer(request_id, Failed("SpecError", f"this watchdog has no server number {unknown[0]}"))
+        elif self._has_too_many(request):
+            self._answer(request_id, Failed("HarnessError", f"{MOST_UNANSWERED} requests wait for their replies"))
         elif isinstance(request, Stop):
             self._stop(request_id, keys, request.grace_s, now, leave=False, kill=request.kill)
         elif isinstance(request, SendSignal):
@@ -134,7 +143,15 @@ class Supervisor:
         else:
             self._answer(request_id, self._servers[request.key].status())
 
+    def _has_too_many(self, request: Stop | SendSignal | Wait | Status) -> bool:
+        if isinstance(request, Wait):
+            return len(self._waitings) >= MOST_UNANSWERED
+        return isinstance(request, Stop) and len(self._stoppings) >= MOST_UNANSWERED
+
     def _send_signal(self, request_id: int, server: Tracked, signal: int) -> None:
+        if not 0 < signal <= _LAST_SIGNAL:
+            self._answer(request_id, Failed("SpecError", f"{signal} is not a signal"))
+            return
         if not server.root_exited and server.phase not in {Phase.LAUNCHING, Phase.GONE}:
             self._effects.append(events.Signal(server.key, signal))
         self._answer(request_id, Done())

@@ -11,6 +11,7 @@ import pytest
 from harness.frames import (
     CHUNK_BYTES,
     MESSAGE_BYTES,
+    UNFINISHED_BYTES,
     UNFINISHED_MESSAGES,
     Assembler,
     Chunk,
@@ -18,6 +19,7 @@ from harness.frames import (
     parse,
     split,
 )
+from harness.records import Sealed
 
 HEADER_BYTES = 8
 SIZES = [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES, MESSAGE_BYTES]
@@ -91,6 +93,31 @@ def test_a_message_that_was_given_up_is_forgotten_after_some_others() -> None:
         assert assembler.add(Chunk(message_id, 0, 2, b"begin ")) is None
     assert assembler.add(Chunk(1, 1, 2, b"end")) == b"begin end"
     assert assembler.add(Chunk(0, 1, 2, b"end")) is None
+
+
+def test_messages_without_an_end_are_forgotten_by_their_size_too() -> None:
+    assembler = Assembler()
+    count = UNFINISHED_BYTES // CHUNK_BYTES
+    for part in range(count):
+        assert assembler.add(Chunk(part % 3, part // 3, 60_000, bytes(CHUNK_BYTES))) is None
+    for _ in range(3):  # the same part again takes no more room
+        assembler.add(Chunk(0, 0, 60_000, bytes(CHUNK_BYTES)))
+    assembler.add(Chunk(7, 0, 2, b"begin "))
+    assert assembler.add(Chunk(7, 1, 2, b"end")) == b"begin end"
+    assembler.add(Chunk(8, 0, 2, bytes(CHUNK_BYTES)))  # the first is given up for this one, and makes room for more
+    for message_id in (1, 2):
+        assert assembler.add(Chunk(message_id, 59_999, 60_000, b"")) is None
+    for message_id in range(10, 20):
+        assert assembler.add(Chunk(message_id, 0, 2, bytes(CHUNK_BYTES))) is None
+    assert assembler.add(Chunk(8, 1, 2, b"")) == bytes(CHUNK_BYTES)
+
+
+def test_a_frame_does_not_show_what_it_holds() -> None:
+    (frame,) = split(7, b"secret")
+    assert b"secret" in frame
+    assert "secret" not in repr([frame, frame[:-1], parse(frame[:3])])
+    assert "secret" not in repr(Sealed(b"secret"))
+    assert Sealed(b"secret")[0] == ord("s")
 
 
 def test_messages_that_are_complete_do_not_push_out_others() -> None:

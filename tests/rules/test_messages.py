@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -120,6 +121,41 @@ def test_garbage_is_refused_without_a_word_of_it_in_the_error(garbage: bytes) ->
     assert caught.value.__suppress_context__
 
 
+RIGHT: dict[str, Any] = {
+    **dict.fromkeys(["int", "float", "int | None", "float | None"], 5),
+    "str": "text",
+    "bool": True,
+    **{name: [] for name in ("list[int]", "list[str]", "list[Survivor]", "list[Outcome]")},
+    **{name: {} for name in ("dict[str, int]", "dict[str, str]")},
+}
+NUMBERS = [math.nan, math.inf, -math.inf, 1e300, 1 << 64, -(1 << 64), 10**400]
+WRONG: dict[str, list[object]] = {
+    "int": [None, "5", 5.0, True, [5], {}, *NUMBERS],
+    "float": [None, "5", True, [5], {}, *NUMBERS],
+    "int | None": ["5", 5.0, False, [5], *NUMBERS],
+    "float | None": ["5", False, [5], *NUMBERS],
+    "str": [None, 5, ["text"], {}],
+    "bool": [None, 0, 1, "true", []],
+    "list[int]": [None, 5, "5", {}, ["5"], [5.0], [[5]], [None]],
+    "list[str]": [None, "text", {}, [5], [["text"]], [None]],
+    "list[Survivor]": [None, "text", {}, [5], [{}], [[1, 2, "", ""]], [[1, "D", ""]]],
+    "list[Outcome]": [None, "text", {}, [5], [{}], [["1", "", 1, "", 1, 1.0, []]], [[1, "", 1, "", 1, 1.0, [5]]]],
+    "dict[str, int]": [None, 5, [], {"a": "5"}, {"a": None}, {"a": True}],
+    "dict[str, str]": [None, 5, [], {"a": 5}, {"a": None}, ["a=b"]],
+}
+
+
+@pytest.mark.parametrize("kind", get_args(messages.Message), ids=lambda kind: kind.__name__)
+def test_a_field_of_another_type_is_refused(kind: type[Message]) -> None:
+    types = kind.__annotations__
+    right = {field: RIGHT[name] for field, name in types.items()}
+    assert decode(wire(kind.__name__, right)) == kind(**right)
+    for field, name in types.items():
+        for wrong in WRONG[name]:
+            with pytest.raises(MessageError):
+                decode(wire(kind.__name__, {**right, field: wrong}))
+
+
 def test_every_cut_of_a_message_is_refused() -> None:
     whole = encode(EACH[0])
     for end in range(len(whole)):
@@ -129,4 +165,5 @@ def test_every_cut_of_a_message_is_refused() -> None:
 
 def test_a_launch_shows_no_environment() -> None:
     assert "{port}" not in repr(EACH[0])
+    assert "{port}" not in repr(encode(EACH[0]))
     assert "command=['program'" in repr(EACH[0])

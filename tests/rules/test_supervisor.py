@@ -24,7 +24,7 @@ from harness.messages import (
 )
 from harness.watchdog import events
 from harness.watchdog.phases import Phase
-from harness.watchdog.supervisor import KEEPER_ANSWER_S, KILL_LIMIT_S, LOST_GRACE_S
+from harness.watchdog.supervisor import KEEPER_ANSWER_S, KILL_LIMIT_S, LOST_GRACE_S, MOST_UNANSWERED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -187,6 +187,17 @@ def test_keys_are_never_used_twice() -> None:
     driven = Driven()
     driven.tell(events.TreeGone(driven.running()))
     assert driven.running() == 2
+
+
+@pytest.mark.parametrize("request_", [launch_of("b"), ADOPTION])
+def test_the_key_of_a_server_that_is_there_is_refused(request_: Request) -> None:
+    driven = Driven()
+    key = driven.running()
+    effects = driven.tell(events.Requested(key, request_))
+    assert [type(effect) for effect in effects] == [events.Answer]
+    assert isinstance(driven.replies[key][-1], Failed)
+    driven.stop(key)
+    assert driven.made(events.Ask) == [events.Ask([key])]
 
 
 def test_a_failed_launch_is_answered_once_and_gives_back_what_was_held() -> None:
@@ -524,6 +535,29 @@ def test_a_wait_is_answered_when_what_it_waits_for_has_happened(until: str) -> N
     phase = "detached" if until == "exit" else "gone"
     assert driven.reply(wait) == ServerStatus(key, phase, root_exited=True, returncode=3, reason="")
     assert driven.deadline_s is None
+
+
+@pytest.mark.parametrize("request_", [Wait(1, "gone", 9.0), Stop([1], None, kill=False)])
+def test_a_client_may_leave_only_so_many_requests_unanswered(request_: Request) -> None:
+    driven = Driven()
+    key = driven.running()
+    waits = [driven.request(request_) for _ in range(MOST_UNANSWERED)]
+    assert isinstance(driven.reply(driven.request(request_)), Failed)
+    for other in (Wait(key, "exit", 0.0), Stop([key], None, kill=True)):  # the one kind does not keep out the other
+        if type(other) is not type(request_):
+            assert driven.replies[driven.request(other)][:1] in ([], [driven.status(key)])
+    close = driven.request(Close())  # the end is never refused
+    driven.tell(events.TreeGone(key))
+    assert driven.stopped(close)
+    assert not [wait for wait in waits if isinstance(driven.reply(wait), Failed)]
+
+
+@pytest.mark.parametrize("number", [-1, 0, 65, 1 << 40])
+def test_what_is_no_signal_is_refused(number: int) -> None:
+    driven = Driven()
+    request = driven.request(SendSignal(driven.running(), number))
+    assert isinstance(driven.reply(request), Failed)
+    assert not driven.made(events.Signal)
 
 
 def test_a_wait_ends_at_its_timeout() -> None:

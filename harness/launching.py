@@ -48,6 +48,7 @@ class Launcher(Protocol):
         Raises SpecError (nothing was started) or LaunchFailed (the program could not be executed; nothing is left).
         """
         __tracebackhide__ = True  # the arguments hold environment values, which a traceback must not show
+        env = specs.sealed(env)
         specs.not_yet(gpus=gpus, gpu_memory_mib=gpu_memory_mib)
         spec = specs.ServerSpec(
             name=specs.optional_name(name),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from harness import templates
 from harness.errors import SpecError
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 Ready: TypeAlias = "Callable[[Server], bool] | None"
+_Value = TypeVar("_Value", str, "str | None")
 DEFAULT_GRACE_S = 15.0
 DEFAULT_READY_TIMEOUT_S = 480.0
 # More than a year is a mistake, and more than some clocks and poll(2) can count.
@@ -36,6 +37,14 @@ class ServerSpec:
     ask: str = "root"
     ports: tuple[str, ...] = ()
     deadline_s: float | None = None
+
+
+class Environment(dict[str, _Value]):
+    """Environment variables that do not show their values: some tracebacks show locals, and these hold tokens."""
+
+    def __repr__(self) -> str:
+        """Say how many they are."""
+        return f"<{len(self)} variables>"
 
 
 def text(value: object, what: str, *, may_be_empty: bool = False) -> str:
@@ -115,12 +124,25 @@ def ready(value: object) -> Ready:
     return value
 
 
-def environment(changes: object) -> dict[str, str]:
+def sealed(changes: Mapping[str, str | None] | None) -> Mapping[str, str | None] | None:
+    """Give the same changes of an environment, but so that they do not show their values."""
+    return Environment(changes) if isinstance(changes, Mapping) else changes
+
+
+def environment(changes: object) -> Environment[str]:
     """Give `os.environ` as it is now with `changes` over it; None removes a name."""
     if changes is not None and not isinstance(changes, Mapping):
         raise SpecError(f"env must be a mapping, not {type(changes).__name__}")
-    merged = dict(os.environ)
-    for key, value in (changes or {}).items():
+    try:
+        return _merged(changes or {})
+    except SpecError as error:
+        # Without the frames below this one: pytest's --showlocals would print the value that is looked at there.
+        raise error.with_traceback(None) from None
+
+
+def _merged(changes: Mapping[object, object]) -> Environment[str]:
+    merged: Environment[str] = Environment(os.environ)
+    for key, value in changes.items():
         variable = text(key, "a name in env")
         if "=" in variable:
             raise SpecError(f"a name in env holds '=': {variable!r}")
@@ -144,9 +166,13 @@ def working_directory(value: StrPath | None) -> str:
 
 def check_tokens(spec: ServerSpec) -> None:
     """Raise SpecError for a `{port:NAME}` whose name is not among the server's ports."""
-    for checked in (*spec.command, *(spec.environment[key] for key in spec.templated)):
-        for unknown in templates.unknown_ports(checked, spec.ports):
-            raise SpecError(f"{{port:{unknown}}} is not among ports={list(spec.ports)}")
+    unknown = [
+        port
+        for checked in (*spec.command, *(spec.environment[key] for key in spec.templated))
+        for port in templates.unknown_ports(checked, spec.ports)
+    ]  # a loop would leave a value in this frame, which a traceback may show
+    if unknown:
+        raise SpecError(f"{{port:{unknown[0]}}} is not among ports={list(spec.ports)}")
 
 
 def not_yet(**given: object) -> None:

@@ -35,6 +35,7 @@ class Link:
         """Take the watchdog process; from now on the link closes it, also at this process's exit."""
         self._process = process
         self.is_closed = False
+        self._is_shut = False
         self.longest_grace_s = 0.0
         self.report: messages.Stopped | None = None
         self._has_launched = False
@@ -88,7 +89,7 @@ class Link:
         except FrameError as error:
             raise SpecError(f"the command and the environment are too large: {error}") from None
         except ChannelClosed:
-            raise self._died() from None
+            raise self._closed() if self._is_shut else self._died() from None
         except NoReply:
             silence = f"has not answered for {timeout_s + ANSWER_S:.0f} s: it hangs or is stopped"
             raise WatchdogDied(f"the watchdog (pid {self.pid}) {silence}") from None
@@ -106,7 +107,11 @@ class Link:
                 f"this watchdog belongs to process {owner}: a forked child cannot use it, start one of its own"
             )
         if self.is_closed:
-            raise HarnessError("this watchdog has been closed")
+            raise self._closed()
+
+    @staticmethod
+    def _closed() -> HarnessError:
+        return HarnessError("this watchdog has been closed")
 
     def _died(self) -> WatchdogDied:
         self._process.has_ended(1.0)
@@ -130,6 +135,7 @@ class Link:
                 if self._has_launched:
                     self._close()
             finally:
+                self._is_shut = True  # other threads' requests end by that, and the watchdog has not died
                 self._channel.close()
                 try:
                     # With servers it has its time to end by itself.
@@ -141,12 +147,13 @@ class Link:
         limit_s = self.longest_grace_s + END_S
         try:
             self.report = self._exchange(self._channel.new_id(), messages.Close(), messages.Stopped, limit_s)
-        except WatchdogDied:
+        except HarnessError as error:
             if self.is_closed:
                 return  # by a signal handler, in the meantime
-            # One that hangs is killed: only then do its keepers act.
-            self._process.end()
-            self._wait_for_keepers()
+            if isinstance(error, WatchdogDied):
+                # One that hangs is killed: only then do its keepers act.
+                self._process.end()
+                self._wait_for_keepers()
             raise
 
     def _wait_for_keepers(self) -> None:

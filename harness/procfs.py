@@ -10,6 +10,8 @@ import os
 
 from harness.records import Record
 
+_PF_FORKNOEXEC = 0x40
+
 
 class Stat(Record):
     """Some fields of /proc/PID/stat."""
@@ -41,6 +43,15 @@ def status(pid: int) -> dict[str, str]:
     """Give the lines of /proc/PID/status by their names; empty if there is no such process."""
     lines = _read(f"/proc/{pid}/status").decode(errors="replace").splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def has_executed(pid: int) -> bool:
+    """Say whether a process, which may be a zombie, has executed a program since it was forked.
+
+    Source: PF_FORKNOEXEC in field 9 of /proc/PID/stat; execve clears it before it closes descriptors (Linux 5.4, 6.18).
+    """
+    fields = stat_fields(pid)
+    return not (fields and int(fields[6]) & _PF_FORKNOEXEC)
 
 
 def is_alive(pid: int, start_time: int) -> bool:

@@ -11,6 +11,7 @@ import os
 import select
 import signal
 
+from harness import procfs
 from harness.records import Record
 from harness.watchdog import kernel
 
@@ -78,9 +79,12 @@ def _fork_into(cgroup: str, watchdogs_log: Log) -> int:
 def read_failure(root: Root) -> str | None:
     """Read what the child reported once the pipe is readable: None means that the program runs."""
     try:
-        return os.read(root.failure_pipe, select.PIPE_BUF).decode(errors="replace") or None
+        failure = os.read(root.failure_pipe, select.PIPE_BUF).decode(errors="replace")
     finally:
         os.close(root.failure_pipe)
+    if not failure and not procfs.has_executed(root.pid):
+        return "it ended before its program was executed"  # a child that is killed closes the pipe as well
+    return failure or None
 
 
 def _execute(launch: Launch, log: int, keeper: int, failure_pipe: int) -> NoReturn:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import uuid
 from typing import TYPE_CHECKING, Any, Protocol
 
+import processes
 import pytest
 from faults.runs import TREE_SERVER, Run, Watched
 
+import harness
 from harness import procfs
 
 if TYPE_CHECKING:
@@ -71,3 +75,20 @@ def _tree_of(pid: int, marks: Path) -> list[int]:
 def _kill(pids: list[int]) -> None:
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def guarded(tmp_path: Path, bystander: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[harness.Watchdog]:
+    """Give a watchdog; afterwards no process with this test's mark in its environment may be left, whoever has it."""
+    monkeypatch.setenv("HARNESS_FAULT_TEST", uuid.uuid4().hex)
+    mark = f"HARNESS_FAULT_TEST={os.environ['HARNESS_FAULT_TEST']}"
+    owner = harness.Watchdog(state_dir=tmp_path / "state", crash_grace_s=0.5).start()
+    yield owner
+    with contextlib.suppress(harness.WatchdogDied):
+        owner.close()
+    try:
+        processes.wait_for(lambda: not processes.marked(mark), 2.0, "keepers have left")
+    finally:
+        _kill(processes.marked(mark))
+    with Watched([bystander]) as watched:
+        assert watched.alive() == [bystander], "a process that is not ours was harmed"

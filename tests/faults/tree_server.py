@@ -1,7 +1,8 @@
 """A server with a whole tree: a worker in its group, and a daemon (setsid, double fork) without any environment.
 
-Usage: python -I -S tree_server.py MARKS [--ignore] [--stop-s SECONDS]. Every process that is asked to exit leaves an
-empty file `asked-PID` in the directory MARKS. `--ignore` makes all three ignore SIGTERM after that.
+Usage: python -I -S tree_server.py MARKS [--ignore] [--stop-s SECONDS] [--uid NUMBER]. Every process that is asked to
+exit leaves an empty file `asked-PID` in the directory MARKS. `--ignore` makes all three ignore SIGTERM after that.
+`--uid` makes them another user's (only root can do that).
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ def main() -> None:
     parser.add_argument("marks")
     parser.add_argument("--ignore", action="store_true")
     parser.add_argument("--stop-s", type=float, default=0.0)
+    parser.add_argument("--uid", type=int, default=None)
     options = parser.parse_args()
+    if options.uid is not None:
+        os.setgroups([])
+        os.setgid(options.uid)
+        os.setuid(options.uid)
     if os.fork() == 0:
         serve(options)
     read_end, write_end = os.pipe()

@@ -1,7 +1,8 @@
-"""A server that forks as fast as it can, at most COUNT times in all: python -I -S storm.py COUNT.
+"""A server that forks without end until it is killed. Run with `python -I -S storm.py chains|bomb COUNT LIFE_S`.
 
-Half of its processes end as soon as they have forked, so that a look at the tree misses those that hop over it; each
-is in a session of its own. It says "ready" when the storm begins.
+`chains`: COUNT processes that hop: each makes a session of its own, forks, and exits, over and over. `bomb`: a tree
+that grows to COUNT processes, each in a session of its own. All end by themselves after LIFE_S seconds at the latest.
+Says `ready` once all are there.
 """
 
 from __future__ import annotations
@@ -9,23 +10,55 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+from typing import NoReturn
 
 
-def main() -> None:
-    tokens, given = os.pipe()
-    os.write(given, b"x" * int(sys.argv[1]))
-    os.close(given)
-    os.write(1, b"ready\n")
-    generation = 0
+def hop(until: float) -> NoReturn:
+    """Live in one process after the other."""
+    while time.monotonic() < until:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+    os._exit(0)
+
+
+def grow(tokens: int, told: int, life_s: int) -> NoReturn:
+    """Fork a child for each token that is to be had, and wait for the end."""
+    signal.alarm(life_s)
+    os.write(told, b"x")
     while os.read(tokens, 1):
         if os.fork() == 0:
+            signal.alarm(life_s)
             os.setsid()
-            generation += 1
-        elif generation % 2:
-            os._exit(0)
+            os.write(told, b"x")
+    while True:
+        signal.pause()
+
+
+def main(kind: str, count: int, life_s: int) -> None:
+    """Begin, say that all are there, and wait."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    if kind == "chains":
+        until = time.monotonic() + life_s
+        for _ in range(count):
+            if os.fork() == 0:
+                hop(until)
+    else:
+        tokens, pool = os.pipe()
+        told, tell = os.pipe()
+        os.write(pool, b"t" * (count - 1))
+        os.close(pool)
+        if os.fork() == 0:
+            grow(tokens, tell, life_s)
+        for _ in range(count):
+            os.read(told, 1)
+    signal.alarm(life_s)
+    os.write(1, b"ready\n")
     while True:
         signal.pause()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

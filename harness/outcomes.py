@@ -33,6 +33,7 @@ class ServerOutcome:
     `how` is "exited" (by itself), "asked" (SIGTERM was enough), "killed" or "unkillable". `returncode` is the root's,
     in `subprocess.Popen`'s convention, or None if it is not known (an adopted server). `seconds` is the stop's length.
     `reason` says why the watchdog stopped it unasked (its deadline, or that of a hung test), "" if it did not.
+    Of a launched server's survivors at most 50 are named.
     """
 
     name: str

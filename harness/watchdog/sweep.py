@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+# A keeper's report is one message of at most 64 KiB: a longer one would be cut or refused, and nothing reported.
+MOST_NAMED = 50
+
+
 class Round(Record):
     """What one sweep met."""
 
@@ -77,10 +81,11 @@ def ask_tops(asked: set[int], spared: frozenset[int] = frozenset()) -> None:
 
 
 def survivors(spared: frozenset[int] = frozenset()) -> list[Survivor]:
-    """Describe every process that is alive below this one."""
+    """Describe the processes that are alive below this one, but no more than 50 of them."""
     tops = [pid for pid in procfs.children(os.getpid()) if pid not in spared]
     pids = tops + [below for top in tops for below in procfs.descendants(top)]
     found = [stat for stat in map(procfs.stat, pids) if stat is not None and stat.state != "Z"]
+    found = found[:MOST_NAMED]
     return [Survivor(s.pid, s.state, procfs.wait_channel(s.pid), procfs.command_line(s.pid)[:200]) for s in found]
 
 

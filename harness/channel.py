@@ -57,12 +57,13 @@ class Channel:
         return next(self._ids)
 
     def request(self, message_id: int, message: bytes, timeout_s: float) -> bytes:
-        """Send a request and wait for its reply; raises ChannelClosed or NoReply."""
+        """Send a request and wait for its reply; raises ChannelClosed, NoReply, or FrameError if it is too large."""
         __tracebackhide__ = True  # the message holds the environment, which a traceback must not show
         deadline = time.monotonic() + timeout_s
+        parts = frames.split(message_id, message)
         try:
             self._awaited.add(message_id)
-            for frame in frames.split(message_id, message):
+            for frame in parts:
                 self._send(frame, deadline)
             return self._reply(message_id, deadline)
         except (OSError, ValueError):

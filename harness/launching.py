@@ -54,7 +54,7 @@ class Launcher(Protocol):
             name=specs.optional_name(name),
             command=specs.command(command),
             environment=specs.environment(env),
-            templated=tuple(key for key, value in (env or {}).items() if value is not None),
+            templated=specs.templated(env),
             cwd=specs.working_directory(cwd),
             ready=specs.ready(ready),
             ready_timeout_s=specs.optional_seconds(ready_timeout_s, "ready_timeout_s") or specs.DEFAULT_READY_TIMEOUT_S,

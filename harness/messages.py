@@ -263,7 +263,10 @@ _KINDS: dict[str, type[Message]] = {
 
 def encode(message: Message) -> Sealed:
     """Give the message's form on the wire."""
-    return Sealed(json.dumps([type(message).__name__, message.as_dict()], default=list).encode())
+    try:
+        return Sealed(json.dumps([type(message).__name__, message.as_dict()], default=list).encode())
+    except BaseException as error:  # noqa: BLE001 - it is raised again, without the frames that hold the message
+        raise error.with_traceback(None) from None
 
 
 def decode(data: bytes) -> Message:

@@ -76,5 +76,5 @@ class Sealed(bytes):
 
     def __getitem__(self, part: Any) -> Any:
         """Give a part, which is sealed as well."""
-        found = super().__getitem__(part)
-        return Sealed(found) if isinstance(found, bytes) else found
+        # Not by way of a local: an interrupt here would show it.
+        return Sealed(super().__getitem__(part)) if isinstance(part, slice) else super().__getitem__(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 StrPath: TypeAlias = "str | os.PathLike[str]"
 Ready: TypeAlias = "Callable[[Server], bool] | None"
 _Value = TypeVar("_Value", str, "str | None")
+_Checked = TypeVar("_Checked")
+_Result = TypeVar("_Result")
 DEFAULT_GRACE_S = 15.0
 DEFAULT_READY_TIMEOUT_S = 480.0
 # More than a year is a mistake, and more than some clocks and poll(2) can count.
@@ -126,23 +129,30 @@ def ready(value: object) -> Ready:
 
 def sealed(changes: Mapping[str, str | None] | None) -> Mapping[str, str | None] | None:
     """Give the same changes of an environment, but so that they do not show their values."""
-    return Environment(changes) if isinstance(changes, Mapping) else changes
+    # A dict first: looking at an abstract class is Python code, through which an interrupt would show `changes`.
+    return Environment(changes) if isinstance(changes, (dict, Mapping)) else changes
 
 
+def _without_locals(check: Callable[[_Checked], _Result]) -> Callable[[_Checked], _Result]:
+    """Let no traceback pass through this check's frames: pytest's --showlocals would print the value they look at."""
+
+    @functools.wraps(check)
+    def run(checked: _Checked) -> _Result:
+        try:
+            return check(checked)
+        except BaseException as error:  # noqa: BLE001 - it is raised again
+            raise error.with_traceback(None) from None
+
+    return run
+
+
+@_without_locals
 def environment(changes: object) -> Environment[str]:
     """Give `os.environ` as it is now with `changes` over it; None removes a name."""
     if changes is not None and not isinstance(changes, Mapping):
         raise SpecError(f"env must be a mapping, not {type(changes).__name__}")
-    try:
-        return _merged(changes or {})
-    except SpecError as error:
-        # Without the frames below this one: pytest's --showlocals would print the value that is looked at there.
-        raise error.with_traceback(None) from None
-
-
-def _merged(changes: Mapping[object, object]) -> Environment[str]:
     merged: Environment[str] = Environment(os.environ)
-    for key, value in changes.items():
+    for key, value in (changes or {}).items():
         variable = text(key, "a name in env")
         if "=" in variable:
             raise SpecError(f"a name in env holds '=': {variable!r}")
@@ -151,6 +161,11 @@ def _merged(changes: Mapping[object, object]) -> Environment[str]:
         else:
             merged[variable] = text(value, f"the value of {variable!r} in env", may_be_empty=True)
     return merged
+
+
+def templated(changes: Mapping[str, str | None] | None) -> tuple[str, ...]:
+    """Give the names of the variables in whose values tokens are replaced."""
+    return tuple(key for key in changes or {} if (changes or {})[key] is not None)
 
 
 def working_directory(value: StrPath | None) -> str:
@@ -164,15 +179,12 @@ def working_directory(value: StrPath | None) -> str:
     return directory
 
 
+@_without_locals
 def check_tokens(spec: ServerSpec) -> None:
     """Raise SpecError for a `{port:NAME}` whose name is not among the server's ports."""
-    unknown = [
-        port
-        for checked in (*spec.command, *(spec.environment[key] for key in spec.templated))
-        for port in templates.unknown_ports(checked, spec.ports)
-    ]  # a loop would leave a value in this frame, which a traceback may show
-    if unknown:
-        raise SpecError(f"{{port:{unknown[0]}}} is not among ports={list(spec.ports)}")
+    for checked in (*spec.command, *(spec.environment[key] for key in spec.templated)):
+        for unknown in templates.unknown_ports(checked, spec.ports):
+            raise SpecError(f"{{port:{unknown}}} is not among ports={list(spec.ports)}")
 
 
 def not_yet(**given: object) -> None:

@@ -104,7 +104,7 @@ def test_programs_that_cannot_be_executed(watchdog: harness.Watchdog, tmp_path: 
 
 
 def test_a_command_that_no_message_can_hold(watchdog: harness.Watchdog) -> None:
-    with pytest.raises(harness.HarnessError):
+    with pytest.raises(harness.SpecError, match="the command and the environment are too large"):
         watchdog.launch(["sleep", "x" * (9 << 20)])
     assert watchdog.is_alive
 

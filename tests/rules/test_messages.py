@@ -167,3 +167,12 @@ def test_a_launch_shows_no_environment() -> None:
     assert "{port}" not in repr(EACH[0])
     assert "{port}" not in repr(encode(EACH[0]))
     assert "command=['program'" in repr(EACH[0])
+
+
+def test_a_message_that_cannot_be_encoded_is_not_shown_either() -> None:
+    launch = messages.Launch("a", ["true"], {"A": "secret", "B": 5j}, [], "/", [], "", "", "root", 1.0)  # type: ignore[dict-item]
+    with pytest.raises(TypeError) as caught:
+        encode(launch)
+    frames = [entry.frame for entry in caught.traceback[1:]]
+    assert [frame.code.name for frame in frames] == ["encode"]
+    assert "secret" not in repr(frames[0].f_locals)

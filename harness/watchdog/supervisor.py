@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 # A keeper that has not said within this time that it is killing is hung or stopped; it answers in under 1 ms.
 KEEPER_ANSWER_S = 1.0
+# A keeper that has not said within this time what came of a launch is hung or stopped; it takes some 10 ms, and longer
+# where the program is read from a slow file system. The client waits 30 s for the reply.
+LAUNCH_LIMIT_S = 10.0
 # How long SIGKILL may take before a process is reported as unkillable; a keeper counts the same time on its own.
 KILL_LIMIT_S = 5.0
 # The root of a lost keeper is dead. What it left has a short grace: nobody would sweep it if the watchdog died as well.
@@ -119,6 +122,7 @@ class Supervisor:
         self._living += 1
         self._hangs.launched(key)
         if isinstance(request, Launch):
+            server.deadline = now + LAUNCH_LIMIT_S
             if request.deadline_s is not None:
                 server.deadline_s = request.deadline_s
                 self._overdue.set(key, now + request.deadline_s)
@@ -174,6 +178,7 @@ class Supervisor:
         for server in servers:
             if self._move(server, Sign.ASK) and server.phase is Phase.ASKED:
                 server.was_asked = True
+                server.deadline = None  # of its launch
                 server.stop_began = now
                 server.reason = reason
                 asked.append(server.key)
@@ -263,7 +268,8 @@ class Supervisor:
 
     def _on_started(self, server: Tracked, event: events.Started) -> None:
         server.pid = event.pid
-        self._move(server, Sign.STARTED)
+        if self._move(server, Sign.STARTED):
+            server.deadline = None
         if server.launch_id is not None:
             self._answer(server.launch_id, Launched(server.key, event.pid, event.start_time, event.keeper, event.ports))
             server.launch_id = None
@@ -316,7 +322,10 @@ class Supervisor:
     def _on_tick(self, now: float) -> None:
         self._stop_overdue(now)
         due = [self._servers[key] for key in self._deadlines.take(now)]
-        self._kill([server for server in due if server.phase is Phase.ASKED], now)
+        for server in due:
+            if server.phase is Phase.LAUNCHING:
+                self._fail_launch(server, f"{server.name!r} was not started within {LAUNCH_LIMIT_S:g} s")
+        self._kill([server for server in due if server.phase in {Phase.LAUNCHING, Phase.ASKED}], now)
         for server in due:
             if server.phase is Phase.LOST:
                 self._effects.append(events.SweepOrphans(kill=True))

@@ -170,7 +170,7 @@ def test_a_launch_shows_no_environment() -> None:
 
 
 def test_a_message_that_cannot_be_encoded_is_not_shown_either() -> None:
-    launch = messages.Launch("a", ["true"], {"A": "secret", "B": 5j}, [], "/", [], "", "", "root", 1.0)  # type: ignore[dict-item]
+    launch = messages.Launch("a", ["true"], {"A": "secret", "B": 5j}, [], "/", [], "", "", "root", 1.0, None)  # type: ignore[dict-item]
     with pytest.raises(TypeError) as caught:
         encode(launch)
     frames = [entry.frame for entry in caught.traceback[1:]]

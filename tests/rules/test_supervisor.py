@@ -24,7 +24,13 @@ from harness.messages import (
 )
 from harness.watchdog import events
 from harness.watchdog.phases import Phase
-from harness.watchdog.supervisor import KEEPER_ANSWER_S, KILL_LIMIT_S, LOST_GRACE_S, MOST_UNANSWERED
+from harness.watchdog.supervisor import (
+    KEEPER_ANSWER_S,
+    KILL_LIMIT_S,
+    LAUNCH_LIMIT_S,
+    LOST_GRACE_S,
+    MOST_UNANSWERED,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,7 +116,7 @@ GONE        .        .             .           .             .         .
 """
 AFTER_MORE_EVENTS = """
             KeeperLost          OrphansGone   OrphansStuck  ClientGone  Tick
-LAUNCHING   LOST/SweepOrphans   .             .             ASKED/Ask   .
+LAUNCHING   LOST/SweepOrphans   .             .             ASKED/Ask   KILLED/Kill
 RUNNING     LOST/SweepOrphans   .             .             ASKED/Ask   .
 DETACHED    LOST/SweepOrphans   .             .             ASKED/Ask   .
 ASKED       LOST/SweepOrphans   .             .             .           KILLED/Kill
@@ -181,6 +187,37 @@ def test_a_tree_or_keeper_that_ends_while_launching_fails_the_launch(event: even
     reply = driven.reply(1)
     assert isinstance(reply, Failed)
     assert (reply.error, "'rank0'" in reply.message) == ("LaunchFailed", True)
+
+
+def test_a_launch_that_hangs_fails_and_its_keeper_is_ended() -> None:
+    """A stopped keeper, or a program on a file system that does not answer."""
+    driven = Driven()
+    key = driven.launching()
+    assert driven.tick(LAUNCH_LIMIT_S - 0.1) == []
+    driven.tick(LAUNCH_LIMIT_S)
+    assert driven.latest_acts == [events.Kill([key])]
+    assert driven.reply(key) == Failed("LaunchFailed", "'a' was not started within 10 s")
+    driven.tick(LAUNCH_LIMIT_S + KEEPER_ANSWER_S)
+    assert driven.latest_acts == [events.KillKeeper(key)]
+    driven.tell(events.KeeperLost(key))
+    assert driven.latest_acts == [events.SweepOrphans(kill=True)]
+    driven.tell(events.OrphansGone())
+    assert driven.phase(key) == "gone"
+
+
+def test_a_launch_that_was_in_time_leaves_no_deadline() -> None:
+    driven = Driven()
+    driven.running()
+    assert driven.deadline_s is None
+    assert driven.tick(LAUNCH_LIMIT_S) == []
+
+
+def test_a_server_that_is_asked_while_launching_has_its_whole_grace() -> None:
+    driven = Driven()
+    key = driven.launching(grace_s=20.0)
+    driven.at(9.0)
+    driven.stop(key)
+    assert driven.deadline_s == 29.0
 
 
 def test_keys_are_never_used_twice() -> None:

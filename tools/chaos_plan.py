@@ -192,7 +192,8 @@ def _servers(dice: random.Random, size: int, when: When, kind: str) -> tuple[Ser
 
 def _server(dice: random.Random, when: When, kind: str, *, must_be_killed: bool, is_storm: bool) -> Server:
     tree = _node(dice, "root", depth=0)
-    if must_be_killed or when.is_while_stopping:
+    must_live = must_be_killed or when.is_while_stopping
+    if must_live:
         tree.update(ignores=True, slow_s=0.0)
     # Where a stop must come, its servers must be there.
     stays = bool(when.step) or when.is_while_stopping or kind == "two"
@@ -201,6 +202,8 @@ def _server(dice: random.Random, when: When, kind: str, *, must_be_killed: bool,
     if is_storm:
         tree["storm"] = dice.randint(15, MOST_PROCESSES - 10)
     ready = dice.choices(("log", "port", "none"), (6, 2, 2))[0]
+    if must_live and ready == "none":
+        ready = "log"  # before that it may not ignore SIGTERM yet
     return Server(
         tree=tree,
         grace_s=0.6 if when.is_while_stopping else dice.choice((0.1, 0.3, 0.6)),

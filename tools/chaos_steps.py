@@ -55,7 +55,7 @@ def _watchdog(
 
 _STEPS = (
     # The watchdog's start: in the child of the fork, in the test process after it, in the new program.
-    _client("watchdog is forked (child)", "harness.forking:_become_watchdog", targets=_NO_KEEPER, most="once"),
+    _client("watchdog is forked (child)", "harness.forking:_close_all_but", targets=_NO_KEEPER, most="once"),
     _client("watchdog is forked (parent)", "harness.forking:_fork", targets=_NO_KEEPER, most="once", is_after=True),
     _client("watchdog executes its program", "harness.forking:_reset_signals", targets=_NO_KEEPER, most="once"),
     _watchdog("watchdog's program starts", "kernel:become_subreaper", targets=_NO_KEEPER, most="once"),
@@ -65,7 +65,7 @@ _STEPS = (
     _client("between request and reply"),
     _watchdog("launch is read", "loop:Loop._spawn", targets=_NO_KEEPER),
     _watchdog("keeper is forked (parent)", "kept:_fork", is_after=True),
-    _watchdog("keeper is forked (child)", "keeper:run"),
+    _watchdog("keeper is forked (child)", "keeper:close_all_but"),
     _watchdog("keeper has let go", "keeper:_isolate", is_after=True),
     _watchdog("root is forked (parent)", "spawn:fork_root", is_after=True),
     _watchdog("root is forked (child)", "spawn:_execute"),

@@ -134,7 +134,7 @@ if hasattr(os, "register_at_fork"):  # elsewhere nothing can be forked, nor a wa
 def _fork(config: dict[str, object]) -> tuple[ForkProcess, int]:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    arguments = (theirs.fileno(), config)
+    arguments = (theirs.fileno(), ours.fileno(), config)
     process = context.Process(target=_become_watchdog, args=arguments, name="harness-watchdog", daemon=True)
     # Until the child has let go of this process's handlers, a Ctrl-C would run them in it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -153,11 +153,13 @@ def _fork(config: dict[str, object]) -> tuple[ForkProcess, int]:
         theirs.close()
 
 
-def _become_watchdog(pipe: int, config: dict[str, object]) -> NoReturn:
+def _become_watchdog(pipe: int, clients_end: int, config: dict[str, object]) -> NoReturn:
     """Run in the forked child: keep nothing of the test process, and execute the watchdog's program."""
     try:
         import fcntl  # noqa: PLC0415 - not there on every platform that can import this module
 
+        os.close(clients_end)
+        _wake_at_end_of(pipe)
         os.setsid()
         pipe = fcntl.fcntl(pipe, fcntl.F_DUPFD, 3)
         _close_all_but(pipe)
@@ -171,6 +173,16 @@ def _become_watchdog(pipe: int, config: dict[str, object]) -> NoReturn:
         for frame in frames.split(0, messages.encode(words)):
             os.write(pipe, frame)
     os._exit(127)
+
+
+def _wake_at_end_of(pipe: int) -> None:
+    # Until its program has set PR_SET_PDEATHSIG: were it stopped, the test process's end must wake it all the same.
+    # The Pipe sends the signal then (F_SETSIG and O_ASYNC, fcntl(2)), which needs no import, and no time, unlike prctl.
+    import fcntl  # noqa: PLC0415 - not there on every platform that can import this module
+
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGCONT)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def _flags() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 
@@ -40,6 +41,7 @@ def main(config: Config) -> NoReturn:
         # Were it stopped, it must see the test process's end. The signal comes when the thread that forked it ends; it
         # is harmless then.
         kernel.signal_at_parent_death(signal.SIGCONT)
+        _end_signals_of(config["pipe"])
         owners = _open_owners(config["client"], config["controller"])
         kernel.become_subreaper()
         limits.raise_descriptors()
@@ -52,6 +54,12 @@ def main(config: Config) -> NoReturn:
     except BaseException as error:  # noqa: BLE001 - whatever it is, the keepers must learn of it by this process's end
         log.mistake(error)
     os._exit(1)
+
+
+def _end_signals_of(pipe: int) -> None:
+    # Until now its end would have woken this process (harness/forking.py); from now on each request would.
+    flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, flags & ~os.O_ASYNC)
 
 
 def _open_owners(client: int, controller: int | None) -> list[int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from faults.runs import TREE_SERVER, Watched
+from processes import wait_for
 
 import harness
 from harness import link, procfs
@@ -172,3 +173,34 @@ def test_an_environment_that_fills_the_pipe(watchdog: harness.Watchdog) -> None:
         server = watchdog.launch(["sleep", "100"], env={f"V{number}": text for number in range(14)})
         assert server.is_alive
         server.kill()
+
+
+_STOPPED_EARLY = """
+import os, signal, sys
+from pathlib import Path
+from harness import forking
+real = forking._close_all_but
+def stop_first(kept):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    real(kept)
+forking._close_all_but = stop_first
+print(forking.WatchdogProcess(Path(sys.argv[1]), crash_grace_s=1.0).pid, flush=True)
+signal.pause()
+"""
+
+
+def is_stopped(pid: int) -> bool:
+    found = procfs.stat(pid)
+    return found is not None and found.state == "T"
+
+
+def test_a_watchdog_that_is_stopped_before_it_executes_its_program_ends_with_its_test_process(tmp_path: Path) -> None:
+    """PR_SET_PDEATHSIG is not set yet: the end of the Pipe wakes it."""
+    command = [sys.executable, "-c", _STOPPED_EARLY, str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as client:
+        assert client.stdout is not None
+        watchdog = int(client.stdout.readline())
+        with Watched([watchdog]) as watched:
+            wait_for(lambda: is_stopped(watchdog), 10.0, "it is stopped")
+            client.kill()
+            assert watched.wait_gone(10.0) == []

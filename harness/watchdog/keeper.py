@@ -85,7 +85,7 @@ class _Keeper:
         self._do: dict[type[rules.Effect], Callable[[], None]] = {
             rules.AskRoot: self._ask_root,
             rules.AskTop: self._ask_top,
-            rules.KillTop: self._sweeper.kill_top,
+            rules.KillTop: self._kill_top,
             rules.Sweep: self._sweep,
             rules.TellUnkilled: self._tell_unkilled,
             rules.Leave: _leave,
@@ -234,6 +234,10 @@ class _Keeper:
 
     def _ask_top(self) -> None:
         sweep.ask_tops(self._asked)
+
+    def _kill_top(self) -> None:
+        self._entry.kill()
+        self._sweeper.kill_top()
 
     def _sweep(self) -> None:
         self._entry.kill()

@@ -305,11 +305,11 @@ class Loop:
 
     def _kill_keeper(self, effect: events.KillKeeper) -> None:
         kept = self._kept.get(effect.key)
-        if kept is not None and kept.pid in self._keepers:
+        if kept is not None and self._keepers.get(kept.pid) is kept:
             kept.end_keeper()
 
     def _sweep_orphans(self, effect: events.SweepOrphans) -> None:
-        lost = [kept for kept in self._kept.values() if kept.pid not in self._keepers]
+        lost = [kept for kept in self._kept.values() if self._keepers.get(kept.pid) is not kept]
         for kept in lost if effect.kill else []:
             kept.kill_cgroup()
         self._orphans.begin(kill=effect.kill)

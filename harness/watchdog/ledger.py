@@ -94,6 +94,9 @@ class Ledger:
 
     def close(self) -> None:
         """Remove the watchdog's cgroup, which is empty by now."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
         if self._place.directory:
             cgroups.remove(self._place.directory)
 

@@ -108,3 +108,27 @@ def test_the_next_watchdog_ends_them(lost: Lost, bystander: int) -> None:
         assert following.is_alive
     assert not list(lost.state.rglob("server-*.json"))
     assert procfs.stat(bystander) is not None
+
+
+def test_several_end_them_at_once(lost: Lost, bystander: int) -> None:
+    command = [sys.executable, "-m", "harness", "sweep", "--yes", "--state-dir", str(lost.state)]
+    sweeping = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(3)]
+    for process in sweeping:
+        assert process.communicate(timeout=60)[1] == b""
+        assert process.returncode == 0
+    assert lost.watched.alive() == []
+    assert procfs.stat(bystander) is not None
+
+
+def test_a_live_run_is_left_alone(lost: Lost) -> None:
+    """It has the same state directory; its keeper holds its entry, or its watchdog lives."""
+    with harness.Watchdog(state_dir=lost.state) as other:
+        server = other.launch(["sleep", "60"])
+        assert sweep(lost.state, "--yes") == (0, "no dead run has left anything\n")
+        assert server.is_alive
+        keeper = processes.parent(server.pid)
+        os.kill(other.pid or 0, signal.SIGSTOP)  # it cannot see that the keeper dies
+        os.kill(keeper, signal.SIGKILL)
+        assert sweep(lost.state, "--yes") == (0, "no dead run has left anything\n")
+        assert list(lost.state.rglob("server-*.json")) != []
+        os.kill(other.pid or 0, signal.SIGCONT)

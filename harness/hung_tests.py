@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from harness import messages, specs
+from harness import messages, private, specs
 from harness.errors import HarnessError, SpecError, WatchdogDied
 
 if TYPE_CHECKING:
@@ -72,10 +72,11 @@ class TestWatch:
         self._may_raise = False
         self.has_failed = False
         self.is_reported = False
-        run.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._stacks_path = run / "stacks.txt"
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._stacks = os.open(self._stacks_path, flags, 0o600)
+        try:
+            self._stacks = private.open_file(str(self._stacks_path), os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        except OSError as error:
+            raise HarnessError(f"cannot make {self._stacks_path}: {error.strerror}") from None
         self._previous = self._listen()
         _watches.append(self)
 

@@ -9,6 +9,10 @@ from __future__ import annotations
 import os
 import stat
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 # An entry of the ledger is named by these and its server's key.
 ENTRY_PREFIX = "server-"
 ENTRY_SUFFIX = ".json"
@@ -29,19 +33,18 @@ def open_run(run: str, *, make: bool = False) -> int:
 
 def _below(parent: int, name: str, *, make: bool) -> int:
     try:
-        if make and not _is_there(name, parent):
-            os.mkdir(name, 0o700, dir_fd=parent)
+        if make:
+            _make(name, parent)
         return _checked(os.open(name, _DIRECTORY, dir_fd=parent), name, stat.S_ISDIR)
     finally:
         os.close(parent)
 
 
-def _is_there(name: str, parent: int) -> bool:
+def _make(name: str, parent: int) -> None:
     try:
-        os.lstat(name, dir_fd=parent)
-    except FileNotFoundError:
-        return False
-    return True
+        os.mkdir(name, 0o700, dir_fd=parent)
+    except FileExistsError:
+        return  # workers of one run begin at the same time
 
 
 def open_file(path: str, flags: int) -> int:
@@ -54,9 +57,9 @@ def open_file(path: str, flags: int) -> int:
         os.close(directory)
 
 
-def _checked(descriptor: int, name: str, is_right: object) -> int:
+def _checked(descriptor: int, name: str, is_right: Callable[[int], bool]) -> int:
     found = os.fstat(descriptor)
-    if found.st_uid == os.geteuid() and callable(is_right) and is_right(found.st_mode):
+    if found.st_uid == os.geteuid() and is_right(found.st_mode):
         return descriptor
     os.close(descriptor)
     raise PermissionError(1, f"{name} belongs to user {found.st_uid}, or is of another kind")

@@ -77,9 +77,13 @@ def watchdog_of(config: pytest.Config) -> Watchdog:
 
 def keep_stderr(config: pytest.Config) -> None:
     """Keep a way to this process's real standard error: while a test runs, pytest captures what goes there."""
-    descriptor = os.dup(2)
+    try:
+        descriptor = os.dup(2)
+    except OSError:
+        descriptor = -1  # it is closed
     config.stash[_STDERR] = descriptor
-    config.add_cleanup(lambda: os.close(descriptor))
+    if descriptor >= 0:
+        config.add_cleanup(lambda: os.close(descriptor))
 
 
 def _watch_tests(config: pytest.Config, watchdog: Watchdog, run: Path) -> None:

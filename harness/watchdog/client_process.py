@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 
-from harness import procfs
+from harness import private, procfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from harness.messages import BeginTest
 
+_ANEW = os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
 _MOST_STACK_BYTES = 1 << 18
 _TTY, _FOREGROUND_GROUP = 4, 5  # among the fields of /proc/PID/stat that follow the command name, proc(5)
 
@@ -51,8 +54,8 @@ class ClientProcess:
         try:
             message = f"harness: {text}\n".encode(errors="replace") + _stacks(test.stacks)
             # Opened anew, its standard error does not depend on what the test process does.
-            _append(f"/proc/{self._pid}/fd/{test.stderr}", os.O_NOCTTY | os.O_NONBLOCK, b"\n" + message)
-            _append(test.report, os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, message)
+            _append(lambda: os.open(f"/proc/{self._pid}/fd/{test.stderr}", _ANEW), b"\n" + message)
+            _append(lambda: private.open_file(test.report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), message)
         finally:
             self._send(signal.SIGKILL)
 
@@ -65,7 +68,7 @@ class ClientProcess:
 
 def _stacks(path: str) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = private.open_file(path, os.O_RDONLY)
     except OSError:
         return b""
     try:
@@ -75,11 +78,9 @@ def _stacks(path: str) -> bytes:
     return b"Its stacks when the deadline had passed:\n" + written if written else b"It wrote no stacks.\n"
 
 
-def _append(path: str, flags: int, message: bytes) -> None:
+def _append(open_it: Callable[[], int], message: bytes) -> None:
     try:
-        if flags & os.O_CREAT:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | flags, 0o600)
+        descriptor = open_it()
     except OSError:
         return  # a socket, or nothing at all: the other place has it
     try:

@@ -14,6 +14,13 @@ def mount() -> Path | None:
     return None
 
 
+def mounted() -> Path:
+    """Give where cgroup v2 is mounted; it must be."""
+    found = mount()
+    assert found is not None
+    return found
+
+
 def own() -> Path | None:
     """Give the directory of this process's cgroup, if it could make one below it and move processes there."""
     above = mount()

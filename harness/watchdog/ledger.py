@@ -208,7 +208,7 @@ def namespace() -> str:
 
 
 def _remove_abandoned() -> None:
-    # A watchdog that was killed when it had no server has left its cgroup, which is empty.
+    # A watchdog that was killed when it had no server, or with all its keepers, has left its cgroup, which is empty.
     above = cgroups.own().directory
     try:
         names = [name for name in os.listdir(above) if name.startswith("harness-")] if above else []
@@ -218,4 +218,4 @@ def _remove_abandoned() -> None:
         pid, _, start_time = name.removeprefix("harness-").partition("-")
         is_ours = pid.isascii() and pid.isdigit() and start_time.isascii() and start_time.isdigit()
         if is_ours and not procfs.is_alive(int(pid), int(start_time)):
-            cgroups.remove_empty(f"{above}/{name}")
+            cgroups.remove(f"{above}/{name}")

@@ -60,11 +60,12 @@ class Loop:
         wakeup: int,
         *,
         log: Log,
-        ledger: Ledger,
+        open_ledger: Callable[[], Ledger],
         crash_grace_s: float,
     ) -> None:
         """Take the Pipe, pidfds on the processes whose end is the run's end, and the descriptor that signals wake."""
-        self._ledger = ledger
+        self._open_ledger = open_ledger
+        self._ledger: Ledger | None = None
         self._pipe = pipe
         self._client = client
         self._owners = owners
@@ -264,6 +265,8 @@ class Loop:
         try:
             from harness.watchdog.kept import Kept  # noqa: PLC0415 - see above
 
+            if self._ledger is None:
+                self._ledger = self._open_ledger()
             kept = Kept(effect.key, effect.launch, self._log, self._ledger, crash_grace_s=self._crash_grace_s)
         except Exception as error:  # noqa: BLE001 - whatever it is, nothing was started, and the client must be told
             reason = limits.describe(error) if isinstance(error, OSError) else type(error).__name__
@@ -343,6 +346,7 @@ class Loop:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # it is being done
         # The Pipe holds some 280 replies; where more threads wait, the last one is Close's.
         self._pipe.finish(_LAST_REPLIES_S)
-        self._ledger.close()
+        if self._ledger is not None:
+            self._ledger.close()
         self._log.write("all servers have been stopped: leaving")
         os._exit(0)

@@ -9,7 +9,6 @@ import signal
 from harness import procfs
 from harness.watchdog import kernel, limits
 from harness.watchdog.client_process import ClientProcess
-from harness.watchdog.ledger import Ledger
 from harness.watchdog.log import Log
 from harness.watchdog.loop import Loop
 from harness.watchdog.pipe import PipeEnd
@@ -17,6 +16,8 @@ from harness.watchdog.pipe import PipeEnd
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn, TypedDict
+
+    from harness.watchdog.ledger import Ledger
 
     class Config(TypedDict):
         """What the client gives: the Pipe's file descriptor, its own pid, the crash grace in seconds, a log path.
@@ -46,10 +47,15 @@ def main(config: Config) -> NoReturn:
         kernel.become_subreaper()
         limits.raise_descriptors()
         kernel.set_name("harness-watchd")
-        ledger = Ledger(os.path.dirname(config["log"]), config["client"], log, use_cgroups=config["cgroup"])
-        client, pipe = ClientProcess(config["client"], owners[0]), PipeEnd(config["pipe"])
-        crash_grace_s = config["crash_grace_s"]
-        loop = Loop(pipe, client, owners, _wakeup(), log=log, ledger=ledger, crash_grace_s=crash_grace_s)
+        loop = Loop(
+            PipeEnd(config["pipe"]),
+            ClientProcess(config["client"], owners[0]),
+            owners,
+            _wakeup(),
+            log=log,
+            open_ledger=lambda: _ledger(config, log),
+            crash_grace_s=config["crash_grace_s"],
+        )
         loop.run()
     except BaseException as error:  # noqa: BLE001 - whatever it is, the keepers must learn of it by this process's end
         log.mistake(error)
@@ -60,6 +66,12 @@ def _end_signals_of(pipe: int) -> None:
     # Until now its end would have woken this process (harness/forking.py); from now on each request would.
     flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
     fcntl.fcntl(pipe, fcntl.F_SETFL, flags & ~os.O_ASYNC)
+
+
+def _ledger(config: Config, log: Log) -> Ledger:
+    from harness.watchdog.ledger import Ledger  # noqa: PLC0415 - an idle watchdog does without: 0.2 MiB
+
+    return Ledger(os.path.dirname(config["log"]), config["client"], log, use_cgroups=config["cgroup"])
 
 
 def _open_owners(client: int, controller: int | None) -> list[int]:

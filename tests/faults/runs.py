@@ -168,6 +168,8 @@ class Run:
         pids = [self.process.pid, *procfs.descendants(self.process.pid)]
         for path in self.directory.glob("up-*.json"):
             up = Up(**json.loads(path.read_text(encoding="utf-8")))
+            with contextlib.suppress(ProcessLookupError), Watched([up.watchdog, *up.keepers]) as owners:
+                owners.wait_gone(2.0)  # they may be on their way out, and remove what they have made
             pids += [pid for pid in (up.watchdog, *up.keepers, *up.server_pids) if self._is_ours(pid)]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,14 @@ from faults.runs import TREE_SERVER, Watched
 from servers.commands import FOLDER, READY_S
 
 import harness
-from harness.watchdog import cgroups
+from harness.watchdog import cgroups, spawn
+from harness.watchdog.log import Log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 NOBODY = 65534
+SLEEP = shutil.which("sleep") or "sleep"
 CHECKOUT = Path(harness.__file__).parent.parent
 READY = harness.log_line("ready")
 STORM = [sys.executable, "-I", "-S", str(FOLDER / "storm.py"), "chains", "40", "60"]
@@ -106,7 +109,7 @@ def test_a_fork_storm_whose_owner_is_lost(watchdog: harness.Watchdog, lost: str)
 @pytest.mark.parametrize("watchdog", ["cgroup"], indirect=True)  # elsewhere it has no cgroup of its own to use
 @pytest.mark.parametrize("how", ["below", "leave", "exit"])
 def test_a_server_that_uses_cgroups_itself(watchdog: harness.Watchdog, how: str) -> None:
-    server = watchdog.launch(user(how), ready=READY, grace_s=0.2, env={"MOUNT": str(cgroup_tree.mount())})
+    server = watchdog.launch(user(how), ready=READY, grace_s=0.2, env={"MOUNT": str(cgroup_tree.mounted())})
     with Watched([server.wait_ready(READY_S).pid, *server.pids()]) as watched:
         own = Path(server.log_tail().splitlines()[0])
         assert own.parent.name.startswith(f"harness-{watchdog.pid}-")
@@ -131,6 +134,42 @@ def test_the_root_is_born_in_a_cgroup_and_the_keeper_is_not(tmp_path: Path) -> N
         (made,) = cgroup_tree.of_watchdog(watchdog.pid or 0)
         assert [int(pid) for pid in (made / "1" / "cgroup.procs").read_text(encoding="ascii").split()] == [server.pid]
         assert keeper_of(server) not in cgroups.members(str(made))
+
+
+@needs_cgroups
+@pytest.mark.parametrize("lost", [None, "keeper", "watchdog"])
+def test_who_is_put_into_the_cgroup_is_killed_with_it_alone(tmp_path: Path, lost: str | None) -> None:
+    """He is in no tree of ours, so nothing but cgroup.kill reaches him; he who is in another server's cgroup lives."""
+    watchdog = harness.Watchdog(state_dir=tmp_path / "state", crash_grace_s=0.2).start()
+    servers = [watchdog.launch(tree(tmp_path), ready=READY, grace_s=0.2).wait_ready(READY_S) for _ in range(2)]
+    guests = [subprocess.Popen([SLEEP, "60"]) for _ in servers]
+    for guest, server in zip(guests, servers, strict=True):
+        cgroup = Path(f"/proc/{server.pid}/cgroup").read_text(encoding="utf-8").partition("0::/")[2].strip()
+        (cgroup_tree.mounted() / cgroup / "cgroup.procs").write_text(str(guest.pid), encoding="ascii")
+    if lost == "watchdog":
+        os.kill(watchdog.pid or 0, signal.SIGKILL)
+        assert guests[1].wait(20.0) == -signal.SIGKILL
+    else:
+        if lost == "keeper":
+            os.kill(keeper_of(servers[0]), signal.SIGKILL)
+        servers[0].stop()
+        assert guests[1].poll() is None
+    assert guests[0].wait(20.0) == -signal.SIGKILL
+    try:
+        watchdog.close()
+    except harness.WatchdogDied:
+        assert lost == "watchdog"
+    assert guests[1].wait(20.0) == -signal.SIGKILL
+
+
+def test_a_root_that_cannot_be_born_in_its_cgroup_is_born_outside(tmp_path: Path) -> None:
+    log = Log(str(tmp_path / "runs" / "7-1" / "watchdog.log"))
+    child = spawn._fork_into(str(tmp_path / "none"), log)
+    if child == 0:
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    (path,) = tmp_path.rglob("watchdog.log")
+    assert "outside of its cgroup: No such file or directory" in path.read_text(encoding="utf-8")
 
 
 @needs_cgroups
@@ -175,7 +214,6 @@ exec(code)
 """
 _RUN = """
     import harness, subprocess
-    from harness.watchdog import cgroups
     with harness.Watchdog() as watchdog:
         script = "cat /proc/self/cgroup; trap '' TERM; setsid sleep 100 & echo ready; wait"
         ready = harness.log_line("ready")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +25,6 @@ from harness.watchdog.sweep import MOST_NAMED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from faults.conftest import StartRun
 
@@ -162,3 +165,63 @@ def test_so_many_that_no_report_can_name_all(guarded: harness.Watchdog) -> None:
         assert storm.stop().how == "killed"
     finally:
         holder.release()
+
+
+# A set-user-ID program can be signalled by its real user, until it makes itself wholly the other one, as sudo does.
+_SERVER = "import os, time; {change}; print('ready', flush=True); time.sleep(1000)"
+_SCRIPT = """
+import os, sys
+directory, program, server = sys.argv[1:]
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+import harness
+watchdog = harness.Watchdog(state_dir=directory + "/state").start()
+server = watchdog.launch([program, "-I", "-S", "-c", server], ready=harness.log_line("ready"), grace_s=0.3)
+print(server.wait_ready(timeout_s=30).pid, flush=True)
+def stop():
+    report = watchdog.stop([server])
+    print([(o.how, o.seconds < 8.0, [s.pid for s in o.survivors]) for o in report.outcomes], flush=True)
+stop()
+sys.stdin.read()
+server.wait_until("exit", 20.0)
+while server.is_alive: pass
+stop()
+print(watchdog.close().is_clean, flush=True)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a set-user-ID program of another user")
+@pytest.mark.parametrize("change", ["pass", "os.setresuid(0, 0, 0)"])
+def test_a_set_user_id_program(change: str) -> None:
+    python = shutil.which("python3", path="/usr/bin")
+    if python is None:
+        pytest.skip("there is no Python that another user may execute")
+    with tempfile.TemporaryDirectory(prefix="harness-test-") as directory:  # tmp_path is closed to other users
+        Path(directory).chmod(0o755)
+        Path(directory, "state").mkdir(mode=0o700)
+        os.chown(Path(directory, "state"), 65534, 65534)
+        program = Path(shutil.copy(python, directory))
+        program.chmod(0o4755)
+        shutil.copytree(Path(harness.__file__).parent, Path(directory, "harness"))
+        with subprocess.Popen(
+            [python, "-c", _SCRIPT, directory, str(program), _SERVER.format(change=change)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=directory,
+            env={"PATH": os.defpath, "PYTHONPATH": directory},
+        ) as client:
+            assert client.stdout is not None
+            assert client.stdin is not None
+            pid = int(client.stdout.readline())
+            with Watched([pid]) as watched:
+                if change == "pass":
+                    assert client.stdout.readline() == "[('asked', True, [])]\n"
+                else:
+                    assert client.stdout.readline() == f"[('unkillable', True, [{pid}])]\n"
+                    assert watched.alive() == [pid]
+                    os.kill(pid, signal.SIGKILL)
+                client.stdin.close()
+                again = "asked" if change == "pass" else "killed"
+                assert client.stdout.read() == f"[({again!r}, True, [])]\nTrue\n"
+                assert client.wait(TIMEOUT_S) == 0
+                assert watched.alive() == []

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from faults.held import Frozen, Holder, Traced
 from faults.runs import GATE, POLITE, STUBBORN, TREE_SERVER, Watched
-from faults.test_storms import STORM
+from faults.test_storms import Storm
 from processes import wait_for
 
 import harness
@@ -146,25 +146,24 @@ def test_pytest_ends_and_names_it(start_run: StartRun, holder: Holder) -> None:
         assert watched.wait_gone(3.0) == []
 
 
-def test_so_many_that_no_report_can_name_all(guarded: harness.Watchdog) -> None:
-    holder = Frozen()
+def test_so_many_that_no_report_can_name_all(guarded: harness.Watchdog, tmp_path: Path) -> None:
+    holder, storm = Frozen(), Storm(tmp_path)
     try:
-        command = [sys.executable, "-I", "-S", str(STORM), "bomb", "300", "60", "x" * 300]
-        storm = guarded.launch(command, ready=harness.log_line("ready"), grace_s=GRACE_S).wait_ready(TIMEOUT_S)
-        pids = storm.pids()
+        server = storm.launch(guarded, "bomb", 300, "x" * 300)  # with command lines that are long
+        pids = server.pids()
         holder.hold(pids)
-        with Watched(pids) as watched:
-            outcome = storm.stop()
-            assert outcome.how == "unkillable"
-            assert outcome.seconds < GRACE_S + KILL_LIMIT_S + SLACK_S
-            assert len(outcome.survivors) == MOST_NAMED
-            assert {survivor.pid for survivor in outcome.survivors} <= set(pids)
-            holder.release()
-            assert watched.wait_gone(5.0) == []
-        wait_for(lambda: not storm.is_alive, TIMEOUT_S, "its end is seen")
-        assert storm.stop().how == "killed"
+        outcome = server.stop()
+        assert (outcome.how, storm.is_over(0.0)) == ("unkillable", False)
+        assert outcome.seconds < GRACE_S + KILL_LIMIT_S + SLACK_S
+        assert len(outcome.survivors) == MOST_NAMED
+        assert {survivor.pid for survivor in outcome.survivors} <= set(pids)
+        holder.release()
+        assert storm.is_over(5.0)
+        wait_for(lambda: not server.is_alive, TIMEOUT_S, "its end is seen")
+        assert server.stop().how == "killed"
     finally:
         holder.release()
+        storm.close()
 
 
 # A set-user-ID program can be signalled by its real user, until it makes itself wholly the other one, as sudo does.

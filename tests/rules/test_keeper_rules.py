@@ -192,6 +192,19 @@ def test_what_is_alive_after_the_limit_is_told_once() -> None:
     assert rules.deadline is not None
 
 
+def test_a_storm_that_outlasts_the_limit_is_told_and_swept_on_until_nothing_is_left() -> None:
+    rules = led("Up", "Kill")
+    told: list[keeper.Effect] = []
+    for step in range(1, 121):  # ten times a second, each time with new processes
+        now = step / 10
+        told += rules.handle(Swept(is_new=True, alive=40), now)
+        assert rules.deadline == now + FIRST_PAUSE_S
+        next_sweep = EVENTS["Reaped"] if step % 2 else Tick()
+        assert rules.handle(next_sweep, now) == [Sweep()]
+    assert told == [keeper.TellUnkilled()]
+    assert rules.handle(EVENTS["AllReaped"], 13.0)[-2:] == [Tell(TreeEmpty()), keeper.Leave()]
+
+
 def test_a_second_order_to_kill_does_not_move_the_limit() -> None:
     rules = led("Up", "Kill")
     rules.handle(EVENTS["Kill"], KILL_LIMIT_S - 1.0)

@@ -1,8 +1,8 @@
-"""A server that forks without end until it is killed. Run with `python -I -S storm.py chains|bomb COUNT LIFE_S`.
+"""A server that forks without end until it is killed. Run with `python -I -S storm.py chains|bomb COUNT LIFE_S FIFO`.
 
 `chains`: COUNT processes that hop: each makes a session of its own, forks, and exits, over and over. `bomb`: a tree
 that grows to COUNT processes, each in a session of its own. All end by themselves after LIFE_S seconds at the latest.
-Says `ready` once all are there.
+Says `ready` once all are there. All hold FIFO open for writing: who reads it sees its end when none of them is left.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def grow(tokens: int, told: int, life_s: int) -> NoReturn:
         signal.pause()
 
 
-def main(kind: str, count: int, life_s: int) -> None:
+def main(kind: str, count: int, life_s: int, fifo: str) -> None:
     """Begin, say that all are there, and wait."""
+    os.open(fifo, os.O_WRONLY)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     if kind == "chains":
@@ -61,4 +62,4 @@ def main(kind: str, count: int, life_s: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -55,7 +55,7 @@ def can_close_pipe(pid: int) -> bool:
 def strike(fault: Fault, person: Person | None, place: Place, disk: Disk | None) -> str:
     """Do a fault, and say in what way where there are several."""
     if fault.kind == "no processes":
-        return place.deny_processes(fault.amount) or "not at all"
+        return place.deny_processes(fault.amount) or _deny_processes(place)
     if fault.kind == "fill the log disk":
         return _fill(place, disk)
     if person is None:
@@ -75,6 +75,16 @@ def _fill(place: Place, disk: Disk | None) -> str:
         with contextlib.suppress(OSError):  # it has ended
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]))
     return "RLIMIT_FSIZE"
+
+
+def _deny_processes(place: Place) -> str:
+    # The limit counts all processes of the user, so it is set to what forbids any more; it does not bind root.
+    if os.geteuid() == 0:
+        return "no processes: not at all (root, without a pids controller)"
+    for pid in place.pids():
+        with contextlib.suppress(OSError):  # it has ended
+            resource.prlimit(pid, resource.RLIMIT_NPROC, (0, resource.prlimit(pid, resource.RLIMIT_NPROC)[1]))
+    return "RLIMIT_NPROC"
 
 
 def _limit_descriptors(pid: int, amount: int) -> None:

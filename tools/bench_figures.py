@@ -64,18 +64,23 @@ def plain(name: str, unit: str, samples: Sequence[float], limit: float, *, note:
 def table(figures: Sequence[Figure]) -> str:
     """Give the figures as lines of aligned columns, notes below."""
     rows = [_HEADINGS, *(_row(figure) for figure in figures)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = columns(rows)
     notes = [f"{figure.name}: {figure.note}" for figure in figures if figure.note]
     return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Give rows of cells as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _row(figure: Figure) -> tuple[str, ...]:
     return (
         figure.name,
-        f"{_number(statistics.median(figure.samples))} {figure.unit}",
-        f"{_number(min(figure.samples))}..{_number(max(figure.samples))} ({len(figure.samples)})",
-        f"{_number(statistics.median(figure.peers))} {figure.unit}" if figure.peers else "-",
+        f"{number(statistics.median(figure.samples))} {figure.unit}",
+        f"{number(min(figure.samples))}..{number(max(figure.samples))} ({len(figure.samples)})",
+        f"{number(statistics.median(figure.peers))} {figure.unit}" if figure.peers else "-",
         _comparison(figure, figure.compared),
         _comparison(figure, figure.limit),
         "OVER" if figure.is_over else "ok",
@@ -86,8 +91,9 @@ def _comparison(figure: Figure, value: float) -> str:
     if figure.is_ratio:
         return f"x {value:.3f}"
     sign = "+" if figure.peers and value >= 0 else ""
-    return f"{sign}{_number(value)} {figure.unit}"
+    return f"{sign}{number(value)} {figure.unit}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Give a number with as many digits as it needs."""
     return f"{value:.0f}" if value == int(value) else f"{value:.2f}"

@@ -75,6 +75,11 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def own_children() -> list[int]:
+    """Give the children of the calling thread, which in a keeper is the whole process, by one read (Linux 3.17)."""
+    return [*map(int, _read("/proc/thread-self/children").split())]
+
+
 def descendants(pid: int) -> list[int]:
     """Give the children of a process, their children and so on; each before its own children."""
     found: list[int] = []

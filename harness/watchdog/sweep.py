@@ -40,7 +40,7 @@ class Sweeper:
 
     def kill_top(self) -> None:
         """Strike the children of this process and their groups, without a look at what is below them."""
-        tops = procfs.children(os.getpid())
+        tops = procfs.own_children()
         _strike_groups(tops)
         for pid in tops:
             _send(os.kill, pid)
@@ -49,7 +49,7 @@ class Sweeper:
 
     def has_new_top(self) -> bool:
         """Say whether there is a child that has not been struck, once `kill_top` has begun to strike."""
-        return self._has_begun and not self._struck.issuperset(procfs.children(os.getpid()))
+        return self._has_begun and not self._struck.issuperset(procfs.own_children())
 
     def sweep(self, spared: frozenset[int] = frozenset()) -> Round:
         """Do one round; the caller reaps and sweeps again until nothing is left (new ones are forked meanwhile)."""

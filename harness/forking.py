@@ -7,6 +7,7 @@ only code that runs in the watchdog process without living in `watchdog/`: it is
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import multiprocessing.process
@@ -35,6 +36,9 @@ _NEEDED_BEGINNINGS = ("LC_", "LD_", "COVERAGE_", "COV_CORE_", "HARNESS_")
 
 # poll(2) counts milliseconds in 31 bits, and Python raises OverflowError for more.
 _LONGEST_POLL_S = 86400.0
+# What the child says first, before any frame; it takes under 1 ms.
+_UP = b"u"
+_UP_LIMIT_S = 5.0
 
 _processes: weakref.WeakSet[WatchdogProcess] = weakref.WeakSet()
 
@@ -144,6 +148,7 @@ def _fork(config: dict[str, object]) -> tuple[ForkProcess, int]:
             # one of them holds stays locked in the child. This child takes none: it executes another program.
             warnings.filterwarnings("ignore", message=".*multi-threaded", category=DeprecationWarning)
             process.start()
+        _wait_until_up(process, ours.fileno())
         return process, os.dup(ours.fileno())
     except (OSError, AssertionError) as error:
         raise HarnessError(f"cannot fork the watchdog: {error}") from error
@@ -153,6 +158,16 @@ def _fork(config: dict[str, object]) -> tuple[ForkProcess, int]:
         theirs.close()
 
 
+def _wait_until_up(process: ForkProcess, pipe: int) -> None:
+    # From here on the child ends with this process whatever happens to either; before, nothing would wake it.
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    if not (poll.poll(_UP_LIMIT_S * 1000) and os.read(pipe, len(_UP)) == _UP):
+        process.kill()
+        process.join()
+        raise OSError(errno.ETIMEDOUT, f"the child was stopped, or has died, within {_UP_LIMIT_S:g} s of the fork")
+
+
 def _become_watchdog(pipe: int, clients_end: int, config: dict[str, object]) -> NoReturn:
     """Run in the forked child: keep nothing of the test process, and execute the watchdog's program."""
     try:
@@ -160,6 +175,7 @@ def _become_watchdog(pipe: int, clients_end: int, config: dict[str, object]) -> 
 
         os.close(clients_end)
         _wake_at_end_of(pipe)
+        os.write(pipe, _UP)
         os.setsid()
         pipe = fcntl.fcntl(pipe, fcntl.F_DUPFD, 3)
         _close_all_but(pipe)

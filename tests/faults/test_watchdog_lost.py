@@ -13,7 +13,7 @@ from faults.runs import TREE_SERVER, Watched
 from processes import wait_for
 
 import harness
-from harness import link, procfs
+from harness import forking, link, procfs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -187,6 +187,23 @@ forking._close_all_but = stop_first
 print(forking.WatchdogProcess(Path(sys.argv[1]), crash_grace_s=1.0).pid, flush=True)
 signal.pause()
 """
+
+
+def test_a_watchdog_that_is_stopped_with_its_first_instruction_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing would wake it after the test process's end, so the test process does not go on before it can be woken."""
+    pids = tmp_path / "pid"
+
+    def stop(_pipe: int) -> None:
+        pids.write_text(str(os.getpid()), encoding="ascii")
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    monkeypatch.setattr(forking, "_wake_at_end_of", stop)
+    monkeypatch.setattr(forking, "_UP_LIMIT_S", 0.5)
+    with pytest.raises(harness.HarnessError, match="the child was stopped"):
+        forking.WatchdogProcess(tmp_path / "log", crash_grace_s=1.0)
+    assert procfs.stat(int(pids.read_text(encoding="ascii"))) is None
 
 
 def is_stopped(pid: int) -> bool:

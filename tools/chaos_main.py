@@ -19,9 +19,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness import procfs
 from tools import chaos_judge, chaos_plan, chaos_table, chaos_trial
 from tools.chaos_bystanders import Bystanders
-from tools.chaos_count import Places
+from tools.chaos_count import MarksPlace, Places
 from tools.chaos_result import Around
 
 if TYPE_CHECKING:
@@ -80,6 +81,13 @@ class Run:
         ]
         return "\n".join(lines)
 
+    def strays(self) -> list[str]:
+        """Give what is left of any trial outside of its cgroup, where its own judging did not look."""
+        marked = MarksPlace(self._scratch, self.bystanders.is_one)
+        found = [f"{pid}: {procfs.command_line(pid)[:200]}" for pid in marked.pids()]
+        marked.kill()
+        return found
+
     def stop(self) -> None:
         """Begin no more trials."""
         self._until = 0.0
@@ -98,17 +106,19 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = Run(options)
     began = time.monotonic()
+    strays: list[str] = []
     try:
         _run_all(run, seeds, options.jobs)
+        strays = run.strays()
     finally:
         run.close()
-    facts = _facts(options, run, time.monotonic() - began)
+    facts = {**_facts(options, run, time.monotonic() - began), "left outside of a trial's place": strays or "nothing"}
     if options.json:
         print(json.dumps({**facts, "trials": [asdict(result) for result in run.results]}, indent=1))
     else:
         print("\n".join(f"{name}: {value}" for name, value in facts.items()))
         print(chaos_table.table(run.results))
-    return int(any(result.is_failure for result in run.results))
+    return int(bool(strays) or any(result.is_failure for result in run.results))
 
 
 def _run_all(run: Run, seeds: list[int], jobs: int) -> None:

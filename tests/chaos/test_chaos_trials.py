@@ -16,7 +16,7 @@ import pytest
 
 from tools import chaos_trial
 from tools.chaos_bystanders import Bystanders
-from tools.chaos_count import Places
+from tools.chaos_count import MarksPlace, Places
 from tools.chaos_plan import Failure, Fault, Plan, Server, When, trial_seed
 from tools.chaos_result import Around
 from tools.chaos_steps import KEEPER, PYTEST, WATCHDOG, WORKER
@@ -127,6 +127,21 @@ def test_harm_is_seen() -> None:
     assert done.returncode == 1, done
     assert "has got signal 15 (Terminated)" in done.stderr
     assert "| 1                 |" in done.stdout
+
+
+def test_what_is_left_outside_of_a_trials_cgroup_is_seen(tmp_path: Path) -> None:
+    """As if the product had moved a server elsewhere: only its marks tell."""
+    places = Places()
+    directory = tmp_path / "scratch"
+    directory.mkdir()
+    with subprocess.Popen(["/bin/sleep", "60"], cwd=directory) as stray:
+        found = MarksPlace(directory, lambda _pid: False)
+        processes.wait_for(lambda: found.pids() == [stray.pid], 10.0, "it is seen")
+        assert MarksPlace(directory, lambda pid: pid == stray.pid).pids() == []
+        found.kill()
+        assert stray.wait(10.0) == -signal.SIGKILL
+        assert found.pids() == []
+    places.remove()
 
 
 def test_trials_are_repeated_by_their_seed_and_printed_as_json() -> None:

@@ -42,8 +42,7 @@ class Launcher(Protocol):
         with `env` over it (None removes a name); the working directory is this process's, or `cwd`. `ready` is what
         `wait_ready` waits for, up to `ready_timeout_s` seconds (480). When the server is stopped, `grace_s` is the time
         between SIGTERM and SIGKILL, and `ask` says whether SIGTERM goes to the root or to its process group. Each of
-        `ports` names one more port to hold. `deadline_s` seconds after its launch the watchdog stops the server,
-        whatever this process does; the test that launched it is then taken for hung, if it still runs.
+        `ports` names one more port to hold. `deadline_s` after its launch the watchdog stops the server (README).
 
         Raises SpecError (nothing was started) or LaunchFailed (the program could not be executed; nothing is left).
         """

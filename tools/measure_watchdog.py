@@ -85,12 +85,12 @@ def _load(name: str, path: str) -> Any:
 
 def main() -> None:
     """Measure this process, if it is a watchdog in a measured run."""
-    tracer, directory = os.environ.get("MEASURE_TRACER"), os.environ.get("MEASURE_DIRECTORY")
+    tracer, directory = os.environ.get("COVERAGE_WATCHDOG_TRACER"), os.environ.get("COVERAGE_WATCHDOG_DIRECTORY")
     program = next((argument for argument in sys.orig_argv if argument.endswith(_BOOT)), None)
     if program is None or tracer is None or directory is None:
         return
     # Coverage's .pth file comes next, and this file once more where lib64 is a link to lib: neither may start.
-    for name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG", "MEASURE_TRACER"):
+    for name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG", "COVERAGE_WATCHDOG_TRACER"):
         os.environ.pop(name, None)
     _Measurement(tracer, program[: -len(os.path.join("watchdog", "boot.py"))], directory).start()
 

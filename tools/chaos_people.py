@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _BOOT = "chaos_boot.py"
+_BYSTANDER = "chaos_bystander.py"
 
 
 class Person:
@@ -44,6 +45,7 @@ class People:
         self._has_workers = has_workers
         self._is_ours = is_ours
         self.test_processes: set[int] = {pytest}
+        self._has_said_hello: set[int] = set()
 
     def find(self, role: str, near: int | None, choice: int) -> Person | None:
         """Find a process of a role, None if there is none; of the family of `near`, if that has one."""
@@ -59,6 +61,11 @@ class People:
             person.close()
             return None
         return person
+
+    def hear_hello(self, pid: int) -> None:
+        """Take note of a test process that is about to fork its watchdog, and has nothing else to fork."""
+        self.test_processes.add(pid)
+        self._has_said_hello.add(pid)
 
     def client_of(self, watchdog: int) -> int | None:
         """Give the test process of a watchdog."""
@@ -100,11 +107,12 @@ class People:
 
     def _clients(self) -> list[int]:
         if not self._has_workers:
-            return [self._pytest]
-        return sorted(pid for pid in self.test_processes if pid != self._pytest and self._is_ours(pid))
+            return [self._pytest] if self._pytest in self._has_said_hello else []
+        return sorted(pid for pid in self._has_said_hello if pid != self._pytest and self._is_ours(pid))
 
     def _watchdogs(self, client: int) -> list[int]:
-        return [pid for pid in procfs.children(client) if self._is_ours(pid) and pid not in self.test_processes]
+        found = [pid for pid in procfs.children(client) if self._is_ours(pid) and pid not in self.test_processes]
+        return [pid for pid in found if _BYSTANDER not in procfs.command_line(pid)]
 
     def _keepers(self, watchdog: int) -> list[int]:
         return [pid for pid in procfs.children(watchdog) if _BOOT in procfs.command_line(pid)]

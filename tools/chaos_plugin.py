@@ -15,6 +15,7 @@ from tools import chaos_hooks, chaos_say
 
 _HERE = Path(__file__).parent
 _SETTINGS = chaos_say.settings()
+_HANDLED = {signal.SIGINT, signal.SIGUSR1}
 _awaited = ""
 _started: list[subprocess.Popen[bytes]] = []
 
@@ -32,20 +33,26 @@ def _install() -> None:
     elif _SETTINGS["step"] in _AWAITED.values():
         _say_what_is_awaited()
     signal.signal(signal.SIGUSR1, _close_pipe)
-    chaos_say.tell(hello="test process")
     if _SETTINGS["sibling"]:
         _start_sibling()
     if _SETTINGS["flaw"]:
         _FLAWS[_SETTINGS["flaw"]]()
+    # From here on its only child is the watchdog.
+    chaos_say.tell(hello="test process")
 
 
 def _send_halves() -> None:
     real = channel.Channel._send
 
     def send_halves(self: channel.Channel, frame: bytes, deadline: float) -> None:
-        sent = self._socket.send(frame[: len(frame) // 2])
-        chaos_say.reach("a frame is half sent")
-        real(self, frame[sent:], deadline)
+        # A real frame is sent by one system call, between whose halves no handler runs.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+        try:
+            sent = self._socket.send(frame[: len(frame) // 2])
+            chaos_say.reach("a frame is half sent")
+            real(self, frame[sent:], deadline)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
 
     channel.Channel._send = send_halves  # type: ignore[method-assign]
 

@@ -232,7 +232,7 @@ class _Trial:
 
     def _heard(self, connection: socket.socket, facts: dict[str, Any]) -> None:
         if facts.get("hello"):
-            self._people.test_processes.add(facts["pid"])
+            self._people.hear_hello(facts["pid"])
         elif facts.get("failed"):
             self._note_struck(is_reached=True)
         elif facts.get("step"):

@@ -56,7 +56,7 @@ class WatchdogProcess:
             "controller": controller,
             "crash_grace_s": crash_grace_s,
             "log": str(log_path),
-            "cgroup": os.environ.get("HARNESS_CGROUP") != "off",
+            "cgroup": _may_use_cgroups(),
         }
         self._process, self.descriptor = _fork(config)
         self.pid = self._process.pid or 0
@@ -124,6 +124,13 @@ class WatchdogProcess:
         # At its exit a process sends SIGTERM to every daemon process that is in here: also a child that was made by
         # os.fork, to its parent's; also to one that was reaped by another. There is no public way out.
         multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+def _may_use_cgroups() -> bool:
+    given = os.environ.get("HARNESS_CGROUP", "on")
+    if given not in {"on", "off"}:
+        raise HarnessError(f'HARNESS_CGROUP must be "on" or "off", not {given!r}')
+    return given == "on"
 
 
 def _forget_processes() -> None:

@@ -80,7 +80,13 @@ def _fail_in_watchdog(failure: dict[str, Any]) -> None:
 def _fail_in_keeper(failure: dict[str, Any]) -> None:
     watchdog = os.getpid()
     _count_launches()
-    _fail_once(os, "fork", failure, lambda: os.getppid() == watchdog and _launches == failure["launch"])
+
+    def is_now() -> bool:
+        return os.getppid() == watchdog and _launches == failure["launch"]
+
+    _fail_once(os, "fork", failure, is_now)
+    owner, name = find("harness.watchdog.kernel:fork_into")  # where it has a cgroup
+    _fail_once(owner, name, failure, is_now)
 
 
 def _fail_in_root(failure: dict[str, Any]) -> None:

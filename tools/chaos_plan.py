@@ -79,7 +79,10 @@ class Server:
 
 @dataclass(frozen=True)
 class Plan:
-    """One trial. `linger_s` is how long a stopped process stays so before it is killed, as CI would."""
+    """One trial. `linger_s` is how long a stopped process stays so before it is killed, as CI would.
+
+    `may_use_cgroups`: the harness may give each server a cgroup, where that can be done; else it must sweep.
+    """
 
     seed: int
     workers: int
@@ -90,6 +93,7 @@ class Plan:
     crash_grace_s: float
     linger_s: float
     has_sibling: bool
+    may_use_cgroups: bool
 
     @property
     def fault(self) -> str:
@@ -137,6 +141,7 @@ def plan(seed: int, only: str | None = None) -> Plan:
         crash_grace_s=dice.choice((0.3, 0.4, 0.5)),
         linger_s=round(dice.uniform(0.05, 0.6), 3),
         has_sibling=dice.random() < _SIBLING_SHARE and kind not in _SHORTAGES and failure is None,
+        may_use_cgroups=dice.random() < 0.5,
     )
 
 
@@ -185,7 +190,7 @@ def _failure(dice: random.Random, kind: str, servers: int) -> Failure | None:
 
 
 def _servers(dice: random.Random, size: int, when: When, kind: str) -> tuple[Server, ...]:
-    must_be_killed = when.step in {"kill is ordered", "before a sweep", "in a sweep"}
+    must_be_killed = when.step in {"kill is ordered", "before the kill", "in the kill"}
     storms = [dice.random() < 0.05 and index == 0 for index in range(size)]
     return tuple(_server(dice, when, kind, must_be_killed=must_be_killed, is_storm=storm) for storm in storms)
 

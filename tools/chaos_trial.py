@@ -102,6 +102,7 @@ class _Trial:
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(_NOT_PASSED_ON)},
             "HARNESS_STATE_DIR": str(self._directory / "state"),
+            "HARNESS_CGROUP": "on" if self.plan.may_use_cgroups else "off",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "PYTHONPATH": str(_ROOT),
             chaos_say.SETTINGS: json.dumps(self._settings()),

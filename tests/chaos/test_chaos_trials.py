@@ -70,6 +70,7 @@ def make_plan(*faults: Fault, workers: int = 0, when: When | None = None, failur
         crash_grace_s=0.3,
         linger_s=0.1,
         has_sibling=failure is None,
+        may_use_cgroups=len(faults) != 1,
     )
 
 
@@ -88,7 +89,7 @@ def describe(value: object) -> str | None:
         (make_plan(signalled(PYTEST, STOP)), 0.0),
         (make_plan(signalled(WATCHDOG, KILL)), 0.3),
         (make_plan(signalled(KEEPER, STOP), when=When("between spawn and reply")), 0.3),
-        (make_plan(signalled(PYTEST, KILL), signalled(KEEPER, KILL), when=When("in a sweep")), 0.0),
+        (make_plan(signalled(PYTEST, KILL), signalled(KEEPER, KILL), when=When("in the kill")), 0.0),
         (make_plan(signalled(WORKER, KILL), workers=2), 0.0),
         (make_plan(Fault("close the Pipe", PYTEST), when=When("between request and reply", 2)), 0.0),
         (make_plan(Fault("no descriptors", KEEPER)), 0.0),

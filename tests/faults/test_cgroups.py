@@ -30,7 +30,7 @@ NOBODY = 65534
 SLEEP = shutil.which("sleep") or "sleep"
 CHECKOUT = Path(harness.__file__).parent.parent
 READY = harness.log_line("ready")
-STORM = [sys.executable, "-I", "-S", str(FOLDER / "storm.py"), "chains", "40", "60"]
+STORM = [sys.executable, "-I", "-S", str(FOLDER / "storm.py"), "chains", "40", "60", os.devnull]
 needs_cgroups = pytest.mark.skipif(cgroup_tree.own() is None, reason="this process's cgroup cannot be written to")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can hand a cgroup to another user")
 

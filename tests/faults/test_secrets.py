@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from faults.held import Traced
+from faults.pending import Pending
 from faults.runs import TREE_SERVER
 from faults.test_interrupts import Interrupt, interrupted_after
 
 import harness
-from harness import logs, messages, procfs
+from harness import messages, procfs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,13 +148,9 @@ def interrupt(watchdog: harness.Watchdog, after_s: float) -> Interrupt | None:
     return None
 
 
-def test_a_launch_that_waits_shows_it_to_nobody(
-    guarded: harness.Watchdog, secret: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    monkeypatch.setattr(logs, "new_path", lambda *_: tmp_path / "fifo")
-    with pytest.raises(Interrupt) as caught, interrupted_after(0.5):
-        guarded.launch(["sleep", "1000"], env=secrets())
+def test_a_launch_that_waits_shows_it_to_nobody(guarded: harness.Watchdog, secret: str, tmp_path: Path) -> None:
+    with Pending(tmp_path) as pending, pytest.raises(Interrupt) as caught, interrupted_after(0.5):
+        guarded.launch(pending.command, env=secrets())
     assert any("channel.py" in str(entry.path) for entry in caught.traceback)
     assert secret not in shown(caught.value)
 
@@ -164,7 +161,7 @@ SUITE = """
     import json, os, pathlib, signal, sys, threading
     import pytest
     import harness
-    from harness import logs
+    from faults.pending import Pending
 
     HERE = pathlib.Path(__file__).parent
 
@@ -193,10 +190,9 @@ SUITE = """
         server_group.launch(["false"], env=env(), ready=harness.log_line("x")).wait_ready(timeout_s=60)
 
     @pytest.mark.timeout(1, method="signal")
-    def test_hangs_in_launch(server_group, monkeypatch, tmp_path):
-        os.mkfifo(tmp_path / "fifo")
-        monkeypatch.setattr(logs, "new_path", lambda *_: tmp_path / "fifo")
-        server_group.launch(["sleep", "1000"], env=env())
+    def test_hangs_in_launch(server_group, tmp_path):
+        with Pending(tmp_path) as pending:
+            server_group.launch(pending.command, env=env())
 
     def test_watchdog_died(tmp_path):
         with harness.Watchdog(state_dir=HERE / "state") as watchdog:
@@ -204,11 +200,10 @@ SUITE = """
             os.kill(watchdog.pid, signal.SIGKILL)
             watchdog.launch(["sleep", "1000"], env=env())
 
-    def test_z_interrupted(server_group, monkeypatch, tmp_path):
-        os.mkfifo(tmp_path / "fifo")
-        monkeypatch.setattr(logs, "new_path", lambda *_: tmp_path / "fifo")
+    def test_z_interrupted(server_group, tmp_path):
         threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
-        server_group.launch(["sleep", "1000"], env=env())
+        with Pending(tmp_path) as pending:
+            server_group.launch(pending.command, env=env())
 """
 
 
@@ -223,6 +218,7 @@ def test_pytest_shows_it_nowhere(tmp_path: Path, secret: str, options: list[str]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--showlocals", "-vv", *options]
     command += ["--harness-log-dir", "logs", "--junitxml", "report.xml", "--basetemp", str(tmp_path / "temp")]
     environment = {**os.environ, "HARNESS_STATE_DIR": str(tmp_path / "state")}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     done = subprocess.run(
         [*command, "test_suite.py"], cwd=tmp_path, env=environment, capture_output=True, timeout=90, check=False
     )

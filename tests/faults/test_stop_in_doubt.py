@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
+from faults.pending import Pending
 from faults.runs import STUBBORN, TREE_SERVER, Watched
 from processes import identities, is_running, wait_for
 
@@ -156,28 +155,10 @@ def test_many_threads_stop_the_same_servers(guarded: harness.Watchdog, tmp_path:
 # ---- a stop that meets a launch
 
 
-class Pending:
-    """A command whose launch is held in execve, since its program is leased (fcntl(2), F_SETLEASE)."""
-
-    def __init__(self, program: str) -> None:
-        self.command = [program, "1000"]
-        self._descriptor = os.open(program, os.O_RDONLY)
-        fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-
-    def let_go(self) -> None:
-        fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-
 @pytest.fixture
 def pending(tmp_path: Path) -> Iterator[Pending]:
-    previous = signal.signal(signal.SIGIO, signal.SIG_IGN)  # by which the kernel asks for the lease
-    held = Pending(shutil.copy(shutil.which("sleep") or "", str(tmp_path / "leased")))
-    yield held
-    held.close()
-    signal.signal(signal.SIGIO, previous)
+    with Pending(tmp_path) as held:
+        yield held
 
 
 def roots(watchdog: harness.Watchdog) -> list[int]:

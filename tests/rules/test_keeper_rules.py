@@ -199,7 +199,7 @@ def test_a_storm_that_outlasts_the_limit_is_told_and_swept_on_until_nothing_is_l
         now = step / 10
         told += rules.handle(Swept(is_new=True, alive=40), now)
         assert rules.deadline == now + FIRST_PAUSE_S
-        next_sweep = EVENTS["Reaped"] if step % 2 else Tick()
+        next_sweep = Reaped(None, is_empty=False, is_new=True) if step % 2 else Tick()
         assert rules.handle(next_sweep, now) == [Sweep()]
     assert told == [keeper.TellUnkilled()]
     assert rules.handle(EVENTS["AllReaped"], 13.0)[-2:] == [Tell(TreeEmpty()), keeper.Leave()]

@@ -68,7 +68,7 @@ def _fail_in_client(failure: dict[str, Any]) -> None:
 
 
 def _fail_in_watchdog_image(failure: dict[str, Any]) -> None:
-    _fail_once(os, "execv", failure, lambda: True)
+    _fail_once(os, "execve", failure, lambda: True)
 
 
 def _fail_in_watchdog(failure: dict[str, Any]) -> None:

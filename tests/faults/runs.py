@@ -165,7 +165,8 @@ class Run:
 
     def kill_rest(self) -> None:
         """End whatever of the run is left, when a test has failed."""
-        pids = [self.process.pid, *procfs.descendants(self.process.pid)]
+        # Once it has been waited for, its number may be another process's.
+        pids = [self.process.pid, *procfs.descendants(self.process.pid)] if self.process.poll() is None else []
         for path in self.directory.glob("up-*.json"):
             up = Up(**json.loads(path.read_text(encoding="utf-8")))
             with contextlib.suppress(ProcessLookupError), Watched([up.watchdog, *up.keepers]) as owners:

@@ -179,6 +179,8 @@ print(server.wait_ready(timeout_s=30).pid, flush=True)
 def stop():
     report = watchdog.stop([server])
     print([(o.how, o.seconds < 8.0, [s.pid for s in o.survivors]) for o in report.outcomes], flush=True)
+    print(report, open(os.path.dirname(server.log_path) + "/watchdog.log").read(), file=sys.stderr)
+sys.stdin.readline()
 stop()
 sys.stdin.read()
 server.wait_until("exit", 20.0)
@@ -213,6 +215,8 @@ def test_a_set_user_id_program(change: str) -> None:
             assert client.stdin is not None
             pid = int(client.stdout.readline())
             with Watched([pid]) as watched:
+                client.stdin.write("stop\n")
+                client.stdin.flush()
                 if change == "pass":
                     assert client.stdout.readline() == "[('asked', True, [])]\n"
                 else:

@@ -46,6 +46,7 @@ class Channel:
         self._reader: int | None = None
         self._assembler = frames.Assembler()
         self._awaited = {_LAST_WORDS}
+        self._is_filing = False
         self._replies: dict[int, bytes] = {}
 
     def close(self) -> None:
@@ -87,6 +88,7 @@ class Channel:
                     raise NoReply from None
 
     def _reply(self, message_id: int, deadline: float) -> bytes:
+        __tracebackhide__ = True
         me = threading.get_ident()
         while True:
             with self._state:
@@ -105,6 +107,7 @@ class Channel:
                 raise NoReply
 
     def _read_for_all(self, deadline: float) -> None:
+        __tracebackhide__ = True
         try:
             if self._await(select.POLLIN, deadline):
                 with self._state:
@@ -115,13 +118,25 @@ class Channel:
                 self._state.notify_all()
 
     def _file_replies(self) -> None:
+        # A signal handler may come here while the thread that it interrupts is here. It files what is there, and leaves
+        # it in the socket: the interrupted one would take as much as it has seen.
+        is_nested, self._is_filing = self._is_filing, True
+        try:
+            used = self._file()
+            if used and not is_nested:
+                self._socket.recv(used)
+        finally:
+            self._is_filing = is_nested
+
+    def _file(self) -> int:
+        """File the replies that can be seen in the socket, and give how many bytes they are."""
         try:
             seen = self._socket.recv(_PEEK_BYTES, socket.MSG_PEEK)
         except BlockingIOError:
-            return
+            return 0
         except ConnectionResetError:
             # It ended with a request unread: the kernel says so once, before it gives the last replies.
-            return
+            return 0
         if not seen:
             raise ChannelClosed
         chunks, used = frames.parse(seen)
@@ -129,9 +144,10 @@ class Channel:
             reply = self._assembler.add(chunk)
             if reply is not None and chunk.message_id in self._awaited:
                 self._replies[chunk.message_id] = reply
-        self._socket.recv(used)
+        return used
 
     def _await(self, event: int, deadline: float) -> bool:
+        __tracebackhide__ = True
         poll = select.poll()
         poll.register(self._socket, event)
         return bool(poll.poll(min(max(0.0, deadline - time.monotonic()), _LONGEST_POLL_S) * 1000))

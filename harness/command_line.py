@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found: int = options.command(options)
     except HarnessError as error:
-        print(f"harness: {error}")  # noqa: T201 - a command prints
-        return 1
+        sys.stderr.write(f"python -m harness: error: {error}\n")
+        return 2
     return found
 
 
@@ -37,7 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m harness",
         description="Look after servers that tests have launched.",
-        epilog="Exit codes: 0 fine, 1 something was found, 2 wrong usage.",
+        epilog="Exit codes: 0 fine, 1 something was found, 2 wrong usage. HARNESS_STATE_DIR names the state directory;"
+        " HARNESS_CGROUP=off has servers killed without cgroups.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     sweep = commands.add_parser(
@@ -56,12 +58,20 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(command=_doctor)
     for command in (sweep, check):
         command.add_argument("--json", action="store_true", help="print JSON")
-        command.add_argument("--state-dir", metavar="DIR", help="default: as for a run (HARNESS_STATE_DIR and so on)")
+        command.add_argument(
+            "--state-dir", metavar="DIR", type=_directory, help="default: as for a run (see the README, State)"
+        )
     return parser
 
 
+def _directory(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
 def _sweep(options: argparse.Namespace) -> int:
-    directory = state_dir.find(options.state_dir)
+    directory = state_dir.find(options.state_dir, make=False)
     found = left = remains.find(directory)
     rows = _rows(found)
     if options.yes:
@@ -74,6 +84,8 @@ def _sweep(options: argparse.Namespace) -> int:
         _print(json.dumps({"found": rows, "unreadable": unreadable}, indent=2))
     else:
         _print(_table(rows, found))
+        if rows and not options.yes:
+            _print("python -m harness sweep --yes ends them (with the same --state-dir, if one was given)")
     return 0 if left.is_empty else 1
 
 
@@ -99,17 +111,14 @@ def _age_s(stat: procfs.Stat) -> float:
 def _table(rows: list[dict[str, object]], found: Remains) -> str:
     lines = [f"{'PID':>8}  {'AGE s':>8}  {'OUTCOME':8}  {'RUN':20}  {'SERVER':24}  PROCESS"] if rows else []
     lines += [
-        f"{row['pid']:>8}  {row['age_s']:>8}  {row['outcome']:8}  {row['run']:20}  {_plain(row['server']):24}"
-        f"  {_plain(row['name'])}"
+        f"{row['pid']:>8}  {row['age_s']:>8}  {row['outcome']:8}  {row['run']:20}  {doctor.plain(row['server']):24}"
+        f"  {doctor.plain(row['name'])}"
         for row in rows
     ]
-    lines += [f"{_plain(path)} cannot be read: {_plain(reason)}" for path, reason in found.unreadable.items()]
+    lines += [
+        f"{doctor.plain(path)} cannot be read: {doctor.plain(reason)}" for path, reason in found.unreadable.items()
+    ]
     return "\n".join(lines or ["no dead run has left anything"])
-
-
-def _plain(text: object) -> str:
-    """Show what a process may have chosen itself: it must not steer a terminal."""
-    return "".join(character if character.isprintable() else "?" for character in str(text))
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness import platform, procfs, remains, runs, state_dir
+from harness import forking, platform, procfs, remains, state_dir
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 # A server costs its watchdog four descriptors, and at least two processes.
 _FEW_DESCRIPTORS = 1024
 _FEW_PROCESSES = 256
+# More than an entry of the ledger, and than the stacks of most tests.
+_WRITTEN_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,16 @@ class Finding:
     def line(self) -> str:
         """Give it in one line."""
         advice = f" -> {self.advice}" if self.advice else ""
-        return f"{'ok ' if self.is_fine else 'BAD'}  {self.what}: {self.text}{advice}"
+        return plain(f"{'ok ' if self.is_fine else 'BAD'}  {self.what}: {self.text}{advice}")
+
+
+def plain(text: object) -> str:
+    """Show what a process may have chosen itself: it must not steer a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in str(text))
 
 
 def examine(given_state_dir: str | None = None) -> list[Finding]:
-    """Look at everything; nothing is changed but that the state directory is made."""
+    """Look at everything. Nothing is left changed, but that a missing state directory is made, as a run would."""
     found = [_platform()]
     if not found[0].is_fine:
         return found
@@ -47,8 +55,7 @@ def examine(given_state_dir: str | None = None) -> list[Finding]:
     try:
         directory = state_dir.find(given_state_dir)
     except HarnessError as error:
-        advice = "set HARNESS_STATE_DIR to a directory of your own"
-        return [*found, Finding("state directory", is_fine=False, text=str(error), advice=advice)]
+        return [*found, Finding("state directory", is_fine=False, text=str(error))]
     return [*found, _state_dir(directory), _lock(directory), *_remains(directory)]
 
 
@@ -68,8 +75,11 @@ def _kill_path() -> Finding:
     from harness.watchdog import cgroups  # noqa: PLC0415 - only where the platform is Linux
 
     sweep = "the sweep is in force: round after round until the kernel says that nothing is left"
-    if os.environ.get("HARNESS_CGROUP") == "off":
-        return Finding("kill path", is_fine=True, text=f"{sweep} (HARNESS_CGROUP=off)")
+    try:
+        if not forking.may_use_cgroups():
+            return Finding("kill path", is_fine=True, text=f"{sweep} (HARNESS_CGROUP=off)")
+    except HarnessError as error:
+        return Finding("kill path", is_fine=False, text=str(error))
     me = procfs.stat(os.getpid())
     place = cgroups.make(f"harness-{os.getpid()}-{me.start_time if me else 0}")
     reason = place.reason
@@ -109,6 +119,12 @@ def _limit(name: str, few: int) -> Finding:
 def _state_dir(directory: Path) -> Finding:
     found = directory.stat()
     text = f"{directory}, of user {found.st_uid}, mode {stat.S_IMODE(found.st_mode):04o}"
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(_WRITTEN_BYTES))
+    except OSError as error:
+        advice = "make room, or set HARNESS_STATE_DIR to a directory that can be written to"
+        return Finding("state directory", is_fine=False, text=f"{text}: {error.strerror}", advice=advice)
     return Finding("state directory", is_fine=True, text=text)
 
 
@@ -128,8 +144,8 @@ def _lock(directory: Path) -> Finding:
 def _remains(directory: Path) -> list[Finding]:
     found = remains.find(directory)
     left = sum(map(len, found.processes.values()))
-    advice = "python -m harness sweep --yes ends them" if left else ""
-    text = f"{len(runs.entries(directory))} servers in the ledger; dead runs have left {left} processes"
+    advice = f"python -m harness sweep --yes --state-dir {directory} ends them" if left else ""
+    text = f"dead runs have left {left or 'no'} process{'es' if left != 1 else ''}"
     findings = [Finding("ledger", is_fine=not left, text=text, advice=advice)]
     for path, reason in found.unreadable.items():
         findings.append(Finding("ledger", is_fine=False, text=f"{path}: {reason}", advice="look at it, and remove it"))

@@ -106,7 +106,7 @@ def _entry(path: Path, facts: dict[str, object], members: frozenset[Identity]) -
         keeper=_identity(facts["keeper"]) if "keeper" in facts else None,
         root=_identity(facts["root"]) if "root" in facts else None,
         name=_text(facts, "name"),
-        mark=_mark(_text(facts, "mark"), path),
+        mark=_mark(_text(facts, "mark"), path, watchdog),
         log=_text(facts, "log"),
         file=_pair(facts["file"]) if "file" in facts else None,
         cgroup=cgroup,
@@ -143,10 +143,12 @@ def _identities(value: object) -> set[Identity]:
     return {_identity(each) for each in value}
 
 
-def _mark(mark: str, path: Path) -> str:
+def _mark(mark: str, path: Path, watchdog: Identity) -> str:
     run, _, rest = mark.partition("/")
-    key, _, secret = rest.partition("/")
-    if run != path.parent.name or key != _key(path) or len(secret) != 16:  # noqa: PLR2004 - as ledger makes it
+    name, _, secret = rest.partition("/")
+    expected = f"{watchdog.pid}-{watchdog.start_time}-{_key(path)}"
+    is_its_own = name == expected and path.name == f"{private.ENTRY_PREFIX}{name}{private.ENTRY_SUFFIX}"
+    if run != path.parent.name or not is_its_own or len(secret) != 16:  # noqa: PLR2004 - as ledger makes it
         raise Unreadable("its mark is that of another entry")
     return mark
 
@@ -164,4 +166,4 @@ def _cgroup(value: object, path: Path, watchdog: Identity) -> tuple[str, int]:
 
 
 def _key(path: Path) -> str:
-    return path.name.removeprefix(private.ENTRY_PREFIX).removesuffix(private.ENTRY_SUFFIX)
+    return path.name.removesuffix(private.ENTRY_SUFFIX).rpartition("-")[2]

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 _BOOT = Path(__file__).with_name("watchdog") / "boot.py"
 
-# What finds the interpreter and its libraries, and says how its texts and times are read; coverage's; and our own.
-_NEEDED = frozenset({"LANG", "PATH", "TZ"})
-_NEEDED_BEGINNINGS = ("LC_", "LD_", "COVERAGE_", "COV_CORE_", "HARNESS_")
+# What finds the interpreter and its libraries, and says how its texts and times are read; coverage's; and the mark of
+# the server that this runs in, if it does.
+_NEEDED = frozenset({"LANG", "PATH", "TZ", "HARNESS_SERVER"})
+_NEEDED_BEGINNINGS = ("LC_", "LD_", "COVERAGE_", "COV_CORE_")
 
 # poll(2) counts milliseconds in 31 bits, and Python raises OverflowError for more.
 _LONGEST_POLL_S = 86400.0
@@ -56,7 +57,7 @@ class WatchdogProcess:
             "controller": controller,
             "crash_grace_s": crash_grace_s,
             "log": str(log_path),
-            "cgroup": _may_use_cgroups(),
+            "cgroup": may_use_cgroups(),
         }
         self._process, self.descriptor = _fork(config)
         self.pid = self._process.pid or 0
@@ -126,8 +127,9 @@ class WatchdogProcess:
         multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
-def _may_use_cgroups() -> bool:
-    given = os.environ.get("HARNESS_CGROUP", "on")
+def may_use_cgroups() -> bool:
+    """Say whether servers may get cgroups: HARNESS_CGROUP, "on" or "off"; raises HarnessError for anything else."""
+    given = os.environ.get("HARNESS_CGROUP") or "on"
     if given not in {"on", "off"}:
         raise HarnessError(f'HARNESS_CGROUP must be "on" or "off", not {given!r}')
     return given == "on"

@@ -8,10 +8,10 @@ run, `TestWatch` fails the test, or says that a debugger is at work.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import hashlib
 import os
-import re
 import signal
 import sys
 import threading
@@ -21,6 +21,7 @@ import pytest
 
 from harness import messages, private, specs
 from harness.errors import HarnessError, SpecError, WatchdogDied
+from harness.stacks import readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,12 +32,13 @@ if TYPE_CHECKING:
 
 DEFAULT_GRACE_S = 30.0
 # A realtime signal (signal(7)): no signal of the C library, of Python or of pytest-timeout.
-_SIGNAL = signal.SIGRTMIN + 17
+_SIGNAL = getattr(signal, "SIGRTMIN", 0) + 17  # elsewhere no watchdog can be started
+_PR_SET_PTRACER = 0x59616D61  # prctl(2)
 # The first part of the name of a module whose code traces, or waits for a person, in a process that is being debugged.
 _DEBUGGERS = frozenset({"bdb", "pdb", "pydevd", "_pydevd_bundle", "_pydevd_frame_eval", "debugpy", "ipdb", "pudb"})
 
-_SECTION = "harness: the stacks of all threads when the deadline had passed, without pytest's own frames"
-_FRAME_OF_PYTEST = re.compile(r'File ".*/(_pytest|pytest|pluggy|xdist|execnet)/|File "<(frozen runpy|string)>"')
+_MOST_STACK_BYTES = 1 << 18
+_SECTION = "harness: stacks at the deadline"
 
 # In-process runs of pytester are sessions within a test: the innermost has the signal.
 _watches: list[TestWatch] = []
@@ -52,9 +54,10 @@ def deadline_of(item: pytest.Item, default_s: float | None) -> float | None:
     marker = item.get_closest_marker("harness_deadline")
     if marker is None:
         return default_s
-    if len(marker.args) != 1 or marker.kwargs:
+    given = [*marker.args, *([marker.kwargs["seconds"]] if "seconds" in marker.kwargs else [])]
+    if len(given) != 1 or len(marker.args) + len(marker.kwargs) != 1:
         raise SpecError("@pytest.mark.harness_deadline takes one number of seconds, or None for no deadline")
-    return specs.optional_seconds(marker.args[0], "harness_deadline")
+    return specs.optional_seconds(given[0], "harness_deadline")
 
 
 class TestWatch:
@@ -65,26 +68,30 @@ class TestWatch:
     def __init__(self, link: Link, run: Path, reports: Path, *, grace_s: float, stderr: int) -> None:
         """Take the connection, the directories for stacks and reports, and this process's real standard error."""
         self._link = link
+        self._owner = os.getpid()
+        self._lost: WatchdogDied | None = None
         self._reports = reports
         self._grace_s = grace_s
         self._stderr = stderr
         self._reason = ""
         self._may_raise = False
-        self.has_failed = False
+        self._has_raised = False
         self.is_reported = False
         self._stacks_path = run / "stacks.txt"
         try:
             self._stacks = private.open_file(str(self._stacks_path), os.O_RDWR | os.O_CREAT | os.O_APPEND)
         except OSError as error:
             raise HarnessError(f"cannot make {self._stacks_path}: {error.strerror}") from None
-        self._previous = self._listen()
+        self._listen()
         _watches.append(self)
+        # Where Yama restricts ptrace(2), and pidfd_getfd(2) with it: to write to this process's standard error.
+        ctypes.CDLL(None).prctl(_PR_SET_PTRACER, link.pid, 0, 0, 0)
 
-    def _listen(self) -> object:
+    def _listen(self) -> None:
         is_main = threading.current_thread() is threading.main_thread()
-        previous = signal.signal(_SIGNAL, self._on_signal) if is_main else signal.SIG_DFL
+        if is_main:
+            signal.signal(_SIGNAL, self._on_signal)
         faulthandler.register(_SIGNAL, file=self._stacks, all_threads=True, chain=is_main)
-        return previous
 
     def close(self) -> None:
         """Answer no signal any more."""
@@ -101,8 +108,7 @@ class TestWatch:
 
     def begin(self, test: str, deadline_s: float | None) -> None:
         """Say that a test begins; raises WatchdogDied if nobody is there to watch its deadline."""
-        self._reason = ""
-        self.has_failed = self.is_reported = False
+        self.forget()
         os.ftruncate(self._stacks, 0)
         if deadline_s is not None and _is_traced():
             deadline_s = None
@@ -112,6 +118,11 @@ class TestWatch:
         )
         with contextlib.nullcontext() if deadline_s is not None else contextlib.suppress(WatchdogDied):
             self._tell(begin)
+
+    def forget(self) -> None:
+        """Know nothing of an earlier test any more."""
+        self._reason = ""
+        self._has_raised = self.is_reported = False
 
     def end(self) -> None:
         """Say that the test has ended; a watchdog that has died needs not know."""
@@ -124,40 +135,45 @@ class TestWatch:
             self._tell(messages.HoldTest(is_held))
 
     def _tell(self, request: messages.Request) -> None:
-        if not self._link.is_closed:
+        # A test in a forked child (pytest-forked) has no watchdog, and a watchdog that is stopped answers nobody.
+        if self._link.is_closed or self._owner != os.getpid():
+            return
+        if self._lost is not None:
+            raise self._lost
+        try:
             self._link.request(request, messages.Done)
+        except WatchdogDied as error:
+            self._lost = error
+            raise
 
     # ---- the signal
 
     def _on_signal(self, _signal: int, frame: FrameType | None) -> None:
         __tracebackhide__ = True
+        if self._owner != os.getpid():
+            return
         try:
             seen = messages.InterruptSeen(_is_debugging(frame))
             self._reason = self._link.request(seen, messages.Overdue).reason
         except HarnessError:
             return
-        if self._reason and self._may_raise:
-            self.fail()
-
-    @property
-    def is_to_fail(self) -> bool:
-        """Say whether the running test was taken for hung, and does not know it yet."""
-        return bool(self._reason) and not self.has_failed
+        if self._reason and self._may_raise and not self._has_raised:
+            raise self.failure()
 
     @property
     def is_unreported(self) -> bool:
-        """Say whether the test was taken for hung, and no report says so: it may have caught what was raised."""
+        """Say whether the test was taken for hung and no report says so: it may have caught what was raised."""
         return bool(self._reason) and not self.is_reported
+
+    @property
+    def is_overdue(self) -> bool:
+        """Say whether the test was taken for hung."""
+        return bool(self._reason)
 
     def failure(self) -> BaseException:
         """Give what the hung test fails with."""
-        self.has_failed = True
-        return pytest.fail.Exception(f"this test hangs: {self._reason}")
-
-    def fail(self) -> None:
-        """Fail the running test."""
-        __tracebackhide__ = True
-        raise self.failure()
+        self._has_raised = True
+        return pytest.fail.Exception(f"this test hangs: {self._reason}", pytrace=self._may_raise)
 
     @contextlib.contextmanager
     def phase(self) -> Iterator[None]:
@@ -170,8 +186,8 @@ class TestWatch:
 
     def section(self) -> tuple[str, str]:
         """Give the stacks as a section of the test's report."""
-        stacks = self._stacks_path.read_text(encoding="utf-8", errors="replace")
-        return (_SECTION, "\n".join(line for line in stacks.splitlines() if not _FRAME_OF_PYTEST.search(line)))
+        stacks = os.pread(self._stacks, _MOST_STACK_BYTES, 0)  # a cleaner may have removed the file
+        return (_SECTION, readable(stacks.decode(errors="replace")))
 
 
 def _is_traced() -> bool:

@@ -57,6 +57,7 @@ class Link:
 
     def request(self, request: messages.Request, reply: type[_Reply], *, timeout_s: float = 0.0) -> _Reply:
         """Send a request; `timeout_s` is how long it may take by its nature. Raises what the watchdog replies."""
+        __tracebackhide__ = True
         self._check_usable()
         return self._exchange(self._channel.new_id(), request, reply, timeout_s)
 

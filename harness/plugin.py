@@ -10,6 +10,7 @@ import pytest
 
 from harness import session
 from harness.fixtures import server_group, watchdog
+from harness.session import end_test
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -53,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "harness_deadline(seconds): take the test for hung after this time, its fixtures included (None: never)",
     )
-    session.deadline_s(config)
+    session.check_deadlines(config)
     if not _is_controller(config):
         session.keep_stderr(config)
         session.start(config)
@@ -77,10 +78,12 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, Result[None], Non
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Result[None], None]:
     """Fail the test at once if its deadline passed where it could not be interrupted."""
     watch = session.watched_test(item.config)
-    if watch is not None and watch.is_to_fail:
-        watch.fail()
+    if watch is not None and watch.is_unreported:
+        raise watch.failure()
     with _phase(item):
-        yield
+        outcome = yield
+    if watch is not None and watch.is_unreported and outcome.exception is None:
+        outcome.force_exception(watch.failure())
 
 
 @pytest.hookimpl(hookwrapper=True, trylast=True)
@@ -88,7 +91,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, Result[None], 
     """Say that the test has ended. What is torn down is torn down, also after the deadline."""
     with _phase(item):
         outcome = yield
-    session.end_test(item.config)
+    end_test(item.config)
     watch = session.watched_test(item.config)
     if watch is not None and watch.is_unreported and outcome.exception is None:
         outcome.force_exception(watch.failure())
@@ -104,9 +107,15 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Result[pytes
     """Show the stacks in the report of a test that hung."""
     outcome = yield
     watch = session.watched_test(item.config)
-    if watch is not None and watch.has_failed and outcome.get_result().failed:
+    if watch is not None and watch.is_overdue and not outcome.get_result().passed:
         watch.is_reported = True
         outcome.get_result().sections.append(watch.section())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """End a test that Ctrl-C or pytest.exit() has ended without a teardown of its own: its deadline is over."""
+    end_test(session.config)
 
 
 def pytest_enter_pdb(config: pytest.Config) -> None:

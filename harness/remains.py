@@ -128,6 +128,7 @@ class _Evidence:
     def __init__(self, entries: list[Entry]) -> None:
         self._members = {who: entry for entry in entries for who in entry.members | {entry.root} if who is not None}
         self._marks = {f"{ledger.MARK}={entry.mark}".encode(): entry for entry in entries}
+        self._logs = {os.path.basename(entry.log) for entry in entries if entry.file is not None}
         self._files = {entry.file: entry for entry in entries if entry.file is not None}
         self._cgroups = {pid: entry for entry in entries if is_there(entry) for pid in cgroups.members(entry.cgroup)}
         self._since = min(entry.watchdog.start_time for entry in entries)
@@ -157,18 +158,18 @@ class _Evidence:
         with contextlib.suppress(OSError):
             for name in os.listdir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(OSError):
-                    found = os.stat(f"/proc/{pid}/fd/{name}")
-                    entry = self._files.get((found.st_dev, found.st_ino))
-                    if entry is not None and _writes_log(pid, name, entry.log):
-                        return entry
+                    # Its name first: to ask for the file itself may block, where its file system hangs.
+                    target = os.readlink(f"/proc/{pid}/fd/{name}").removesuffix(" (deleted)")
+                    if os.path.basename(target) in self._logs and _is_writable(pid, name):
+                        found = os.stat(f"/proc/{pid}/fd/{name}")
+                        entry = self._files.get((found.st_dev, found.st_ino))
+                        # The inode of a log that was removed may be another file's by now.
+                        if entry is not None and os.path.basename(target) == os.path.basename(entry.log):
+                            return entry
         return None
 
 
-def _writes_log(pid: int, descriptor: str, log: str) -> bool:
-    # The inode of a log that was removed may be another file's by now: its name must be right as well.
-    target = os.readlink(f"/proc/{pid}/fd/{descriptor}").removesuffix(" (deleted)")
-    if os.path.basename(target) != os.path.basename(log):
-        return False
+def _is_writable(pid: int, descriptor: str) -> bool:
     lines = Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text(encoding="ascii", errors="replace").splitlines()
     flags = next((line.split()[1] for line in lines if line.startswith("flags:")), "0")
     return bool(int(flags, 8) & _WRITABLE)

@@ -145,11 +145,13 @@ class Server:
         `timeout_s` overrides the launch's `ready_timeout_s` (480 s by default). Raises NotReady (it still runs),
         ServerExited (what it left has been stopped), or NotReady if the check raises (the server has been stopped).
         """
+        __tracebackhide__ = True
         waiting.wait_ready([self], specs.optional_seconds(timeout_s, "timeout_s"))
         return self
 
     def wait(self, timeout_s: float | None = None) -> ServerOutcome:
         """Wait until no process of the server is left, without stopping it; raises NotReady after `timeout_s`."""
+        __tracebackhide__ = True
         limit = specs.optional_seconds(timeout_s, "timeout_s")
         if not self.wait_until("gone", limit):
             raise NotReady(f"{self.name!r} (pid {self.pid}) still runs after {limit} s", server=self.name)
@@ -157,6 +159,7 @@ class Server:
 
     def wait_until(self, until: str, timeout_s: float | None) -> bool:
         """Wait until the root has exited ("exit") or the tree is gone ("gone"); False after `timeout_s`."""
+        __tracebackhide__ = True
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             left = waiting.SLICE_S if deadline is None else min(waiting.SLICE_S, deadline - time.monotonic())

@@ -67,8 +67,13 @@ def watchdog_of(config: pytest.Config) -> Watchdog:
         raise config.stash[_FAILURE]
     if _WATCHDOG not in config.stash:
         process, run = config.stash[_FORKED]
-        config.stash[_WATCHDOG] = Watchdog(log_dir=_log_dir(config)).attach(process, run)
-        _watch_tests(config, config.stash[_WATCHDOG], run)
+        watchdog = Watchdog(log_dir=_log_dir(config)).attach(process, run)
+        try:
+            _watch_tests(config, watchdog, run)
+        except HarnessError as error:
+            config.stash[_FAILURE] = error
+            raise
+        config.stash[_WATCHDOG] = watchdog
     return config.stash[_WATCHDOG]
 
 
@@ -114,19 +119,31 @@ def _seconds(config: pytest.Config, name: str, given: object) -> float | None:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise pytest.UsageError(f"{name} must be a number of seconds above 0, not {text!r}")
+    from harness.specs import LONGEST_S  # noqa: PLC0415 - see the top
+
+    if not 0 < seconds <= LONGEST_S:
+        raise pytest.UsageError(f"{name} must be a number of seconds above 0 and at most {LONGEST_S:.0f}, not {text!r}")
     return seconds
+
+
+def check_deadlines(config: pytest.Config) -> None:
+    """Raise pytest.UsageError if what was given on deadlines is no time."""
+    deadline_s(config)
+    _seconds(config, "harness_deadline_grace_s", None)
 
 
 def begin_test(item: pytest.Item) -> None:
     """Tell the watchdog, if it has been asked for or the test has a deadline, that this test begins."""
     config = item.config
     config.stash[_CURRENT] = item.nodeid
+    if _TESTS in config.stash:
+        config.stash[_TESTS].forget()
     wanted_s = deadline_s(config)
     if wanted_s is not None or item.get_closest_marker("harness_deadline") is not None:
         from harness import hung_tests  # noqa: PLC0415 - see the top
 
+        if _FORKED in config.stash and config.stash[_FORKED][0].owner != os.getpid():
+            return  # a forked child, of pytest-forked: its parent's watchdog is not its own
         wanted_s = hung_tests.deadline_of(item, wanted_s)
         watchdog_of(config)
     if _TESTS in config.stash:
@@ -135,6 +152,8 @@ def begin_test(item: pytest.Item) -> None:
 
 def end_test(config: pytest.Config) -> None:
     """Tell the watchdog that the test has ended."""
+    if config.stash.get(_CURRENT, None) is None:
+        return
     del config.stash[_CURRENT]
     if _TESTS in config.stash:
         config.stash[_TESTS].end()
@@ -150,9 +169,12 @@ def hung_text(test: str) -> str:
     from harness.hung_tests import report_path  # noqa: PLC0415 - see the top
 
     try:
-        return report_path(state_dir.run_of(os.getpid()), test).read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        path = report_path(state_dir.run_of(os.getpid()), test)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        path.unlink()  # it is said once: the worker of a repeated test may end for another reason
+    except (OSError, HarnessError):
         return ""
+    return text
 
 
 def _controller(config: pytest.Config) -> int | None:

@@ -18,24 +18,30 @@ _END_REMAINS_S = 3.0
 _KEEP_S = 24 * 3600.0
 
 
-def find(given: str | os.PathLike[str] | None = None) -> Path:
-    """Give the state directory, made with mode 0700 if it is missing.
+def find(given: str | os.PathLike[str] | None = None, *, make: bool = True) -> Path:
+    """Give the state directory, made with mode 0700 if it is missing and `make` says so.
 
     It is `given`, else $HARNESS_STATE_DIR, else $XDG_RUNTIME_DIR/harness, else /tmp/harness-UID. Raises HarnessError if
-    it is a link, not a directory, or another user's; a mode that lets others in is narrowed to 0700.
+    it is a link, not a directory, another user's, or one that others may enter: it may be one that they need.
     """
     path = Path(given) if given is not None else _default()
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if make:
+            path.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)
         found = path.lstat()
     except OSError as error:
-        raise HarnessError(f"cannot make the state directory {path}: {error.strerror}") from None
+        what = "make" if make else "look at"
+        raise HarnessError(f"cannot {what} the state directory {path}: {error.strerror}") from None
     if not stat.S_ISDIR(found.st_mode):
         raise HarnessError(f"the state directory {path} is a link or a file: remove it, or set HARNESS_STATE_DIR")
     if found.st_uid != os.geteuid():
         raise HarnessError(f"the state directory {path} belongs to user {found.st_uid}: set HARNESS_STATE_DIR")
-    if stat.S_IMODE(found.st_mode) != stat.S_IRWXU:
-        path.chmod(stat.S_IRWXU)
+    if stat.S_IMODE(found.st_mode) & (stat.S_IRWXG | stat.S_IRWXO):
+        mode = f"{stat.S_IMODE(found.st_mode):04o}"
+        raise HarnessError(
+            f"the state directory {path} has mode {mode}, so others can get in: set HARNESS_STATE_DIR to a directory"
+            " of your own with mode 0700"
+        )
     return path.absolute()
 
 
@@ -59,7 +65,8 @@ def new_run(given: str | os.PathLike[str] | None = None) -> Path:
     if runs.has_unheld_entries(directory):
         from harness import remains  # noqa: PLC0415 - every pytest process comes here; hardly any finds remains
 
-        remains.end(directory, limit_s=_END_REMAINS_S)
+        with contextlib.suppress(OSError):  # the next run tries again
+            remains.end(directory, limit_s=_END_REMAINS_S)
     return run_of(os.getpid(), directory)
 
 

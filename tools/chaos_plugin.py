@@ -27,6 +27,7 @@ def pytest_load_initial_conftests() -> None:
 
 def _install() -> None:
     forking._BOOT = _HERE / "chaos_boot.py"
+    forking._NEEDED |= {chaos_say.SETTINGS}
     chaos_hooks.install(is_in_client=True)
     if _SETTINGS["step"] == "a frame is half sent":
         _send_halves()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 
 from harness import private, procfs
+from harness.stacks import readable
+from harness.watchdog import kernel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,19 +29,19 @@ class ClientProcess:
         self._pid = pid
         self._pidfd = pidfd
 
-    def interrupt(self, number: int) -> bool:
-        """Send the signal that makes it write its stacks and look up; False, and nothing sent, while it is in use.
-
-        In use: a debugger traces it (ptrace(2)), or its user has suspended it from its terminal. One that was stopped
-        otherwise is continued: the signal's handler runs first.
-        """
+    def is_in_use(self) -> bool:
+        """Say whether a debugger traces it (ptrace(2)), or its user has suspended it from its terminal."""
         status = procfs.status(self._pid)
         is_stopped = status.get("State", "").startswith("T")
-        if status.get("TracerPid", "0") != "0" or (is_stopped and self._is_in_the_background()):
-            return False
+        return status.get("TracerPid", "0") != "0" or (is_stopped and self._is_in_the_background())
+
+    def interrupt(self, number: int) -> None:
+        """Send the signal that makes it write its stacks and look up.
+
+        One that was stopped is continued: the signal's handler runs first.
+        """
         self._send(number)
         self._send(signal.SIGCONT)
-        return True
 
     def _is_in_the_background(self) -> bool:
         fields = procfs.stat_fields(self._pid)
@@ -52,12 +55,23 @@ class ClientProcess:
         Then kill it.
         """
         try:
-            message = f"harness: {text}\n".encode(errors="replace") + _stacks(test.stacks)
-            # Opened anew, its standard error does not depend on what the test process does.
-            _append(lambda: os.open(f"/proc/{self._pid}/fd/{test.stderr}", _ANEW), b"\n" + message)
-            _append(lambda: private.open_file(test.report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), message)
+            message = f"harness: {text}\n{_stacks(test.stacks)}".encode(errors="replace")
+            _write(lambda: self._standard_error(test.stderr), b"\n" + message)
+            _write(lambda: private.open_file(test.report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), message)
         finally:
             self._send(signal.SIGKILL)
+
+    def _standard_error(self, number: int) -> int:
+        path = f"/proc/{self._pid}/fd/{number}"
+        mode = os.stat(path).st_mode
+        if stat.S_ISREG(mode) or stat.S_ISSOCK(mode):
+            # A file that is opened anew is written from its beginning, over what others write; a socket cannot be.
+            try:
+                return kernel.get_descriptor(self._pidfd, number)
+            except OSError:
+                return os.open(path, _ANEW)
+        # A pipe or terminal is opened anew, so that a full one blocks nobody, whatever mode it is in elsewhere.
+        return os.open(path, _ANEW)
 
     def _send(self, number: int) -> None:
         try:
@@ -66,25 +80,32 @@ class ClientProcess:
             return
 
 
-def _stacks(path: str) -> bytes:
+def _stacks(path: str) -> str:
     try:
         descriptor = private.open_file(path, os.O_RDONLY)
-    except OSError:
-        return b""
+    except OSError as error:
+        return f"Its stacks cannot be read: {error.strerror}.\n"
     try:
         written = os.read(descriptor, _MOST_STACK_BYTES)
     finally:
         os.close(descriptor)
-    return b"Its stacks when the deadline had passed:\n" + written if written else b"It wrote no stacks.\n"
+    if not written:
+        return "It wrote no stacks: the state directory is full, or the signal was blocked.\n"
+    return f"Its stacks at the deadline, and later once more:\n{readable(written.decode(errors='replace'))}\n"
 
 
-def _append(open_it: Callable[[], int], message: bytes) -> None:
+def _write(open_it: Callable[[], int], message: bytes) -> None:
     try:
         descriptor = open_it()
     except OSError:
-        return  # a socket, or nothing at all: the other place has it
+        return  # the other place has it
     try:
-        os.write(descriptor, message)
+        if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            import socket  # noqa: PLC0415 - an idle watchdog does without: 0.3 MiB
+
+            socket.socket(fileno=os.dup(descriptor)).send(message, socket.MSG_DONTWAIT)
+        else:
+            os.write(descriptor, message)
     except OSError:
         return
     finally:

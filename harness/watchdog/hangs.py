@@ -108,39 +108,48 @@ class Hangs:
         self._is_held = is_held
 
     def debugger_seen(self, now: float) -> None:
-        """Take the interrupt back: a debugger is at work, and will not say when it ends."""
-        if self._stage is Stage.INTERRUPTED:
-            self._stage = Stage.WATCHED
+        """Begin again later, from the interrupt: a debugger is at work, and will not say when it ends."""
+        is_due = self.deadline is not None and self.deadline <= now
+        if self._stage is Stage.ENDED or not (is_due or self._stage is not Stage.WATCHED):
+            return
+        self._stage = Stage.WATCHED
+        self._spared_s = 0.0
+        if self._is_held:
+            self._left_s = LOOK_AGAIN_S
+        else:
             self.deadline = now + LOOK_AGAIN_S
 
     def interrupt_seen(self, now: float, *, is_debugging: bool) -> str:
         """Hear the answer to the interrupt, and give why the test is taken for hung ("": it is not, any more)."""
-        if is_debugging:
+        if is_debugging or self._is_held:
             self.debugger_seen(now)
-            return ""
-        if self._stage is Stage.INTERRUPTED and self.deadline is not None:
+        elif self._stage is Stage.INTERRUPTED and self.deadline is not None:
             self._spared_s = self.deadline - now
             self.deadline = now
-        return self._reason if self._stage is not Stage.WATCHED else ""
+        return "" if self._stage is Stage.WATCHED else self._reason
 
     def due(self, now: float) -> list[Act]:
         """Give what must be done at this time."""
         acts: list[Act] = []
         while self._test is not None and self.deadline is not None and self.deadline <= now:
             self._stage = _FOLLOWING[self._stage]
-            acts.append(self._act(self._test))
+            acts += self._acts(self._test)
             pause_s = self._pause_s(self._test.grace_s)
             self.deadline = None if pause_s is None else now + pause_s
         return acts
 
-    def _act(self, test: BeginTest) -> Act:
+    def _acts(self, test: BeginTest) -> list[Act]:
         if self._stage is Stage.INTERRUPTED:
             self._reason = self._reason or f"its deadline of {test.deadline_s:g} s has passed"
-            return InterruptClient(test)
+            return [InterruptClient(test)]
         if self._stage is Stage.ENDED:
             text = f"{test.test}: {self._reason}, and it still runs {test.grace_s:g} s later: its process is ended"
-            return EndClient(test, text)
-        return StopServers(self._keys if self._stage is Stage.STRIPPED else None, f"{test.test} hangs: {self._reason}")
+            return [EndClient(test, text)]
+        why = f"{test.test} hangs: {self._reason}"
+        if self._stage is Stage.STRIPPED:
+            return [StopServers(self._keys, why)]
+        # It may hang somewhere else by now: its stacks are written once more.
+        return [StopServers(None, why), InterruptClient(test)]
 
     def _pause_s(self, grace_s: float) -> float | None:
         answer_s = min(ANSWER_S, grace_s / 4)

@@ -38,6 +38,7 @@ def run(
     """Keep one server until nothing of it is left. SIGTERM is blocked when this is called."""
     try:
         _isolate({control.fileno(), entry.descriptor})
+        entry.log = log.reopened()
         if os.getppid() != watchdog:
             os._exit(0)  # the watchdog has died; nothing has been started yet
         _Keeper(launch, control, watchdog, log, entry, crash_grace_s=min(launch.grace_s, crash_grace_s)).run()

@@ -45,7 +45,7 @@ class Kept:
         try:
             filled = _filled(launch, self.ports, self._entry.mark)
             self.control, self.pid = _fork(filled, log, self._entry, crash_grace_s)
-        except OSError:
+        except BaseException:
             self._holds.close()
             self._entry.remove()
             raise
@@ -85,6 +85,8 @@ class Kept:
     def _root_is_alive(self) -> bool:
         try:
             signal.pidfd_send_signal(-1 if self._root_pidfd is None else self._root_pidfd, 0)
+        except PermissionError:
+            return True  # a set-user-ID program
         except OSError:
             return False
         return True

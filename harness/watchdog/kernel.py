@@ -17,6 +17,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 # One number on every architecture. glibc has a function for it from 2.34 on only.
 _SYS_CLOSE_RANGE = 436
+_SYS_PIDFD_GETFD = 438
 _LAST_DESCRIPTOR = (1 << 32) - 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -50,6 +51,15 @@ def fork_into(cgroup: str) -> int:
     finally:
         os.close(descriptor)
     return pid
+
+
+def get_descriptor(pidfd: int, number: int) -> int:
+    """Give a copy of another process's descriptor, offset and all (pidfd_getfd(2), Linux 5.6); raises OSError."""
+    descriptor = int(_syscall(_SYS_PIDFD_GETFD, pidfd, number, 0))
+    if descriptor < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return descriptor
 
 
 def become_subreaper() -> None:

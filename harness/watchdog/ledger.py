@@ -43,18 +43,22 @@ class Ledger:
         self._use_cgroups = use_cgroups
         self._descriptor = -1
         self._facts: dict[str, object] | None = None
+        me = procfs.stat(os.getpid())
+        self._me = [os.getpid(), me.start_time if me else 0]
         self._place = cgroups.Place("", "HARNESS_CGROUP is off")
 
     def open(self, key: int, launch: Launch) -> Entry:
         """Record a server that is about to be started, and make its cgroup."""
         if self._facts is None:
             self._facts = self._look()
-        mark = f"{os.path.basename(self._run)}/{key}/{os.urandom(8).hex()}"
+        # A test process may have several watchdogs, each of which counts its servers from 1.
+        name = "-".join(map(str, [*self._me, key]))
+        mark = f"{os.path.basename(self._run)}/{name}/{os.urandom(8).hex()}"
         cgroup, inode = self._new_cgroup(key)
-        entry = Entry(f"{self._run}/{private.ENTRY_PREFIX}{key}{private.ENTRY_SUFFIX}", mark, cgroup, self._log)
+        entry = Entry(f"{self._run}/{private.ENTRY_PREFIX}{name}{private.ENTRY_SUFFIX}", mark, cgroup, self._log)
         facts = {"name": launch.name[:_LONGEST_NAME], "mark": mark, "log": launch.log_path, "cgroup": [cgroup, inode]}
         try:
-            entry.create(self._directory(), {**self._facts, **facts})
+            entry.create(self._directory(), {"version": VERSION, **self._facts, **facts})
         except OSError as error:
             self._log.write(f"cannot record {entry.path}: {error.strerror}")
         return entry
@@ -66,20 +70,20 @@ class Ledger:
         return self._descriptor
 
     def _look(self) -> dict[str, object]:
-        me, client = procfs.stat(os.getpid()), procfs.stat(self._client)
-        watchdog = [os.getpid(), me.start_time if me else 0]
-        if self._use_cgroups:
-            _remove_abandoned()
-            self._place = cgroups.make(f"harness-{watchdog[0]}-{watchdog[1]}")
+        try:
+            if self._use_cgroups:
+                _remove_abandoned()
+                self._place = cgroups.make("-".join(map(str, ["harness", *self._me])))
+            client = procfs.stat(self._client)
+            facts: dict[str, object] = {"boot": boot(), "namespace": namespace()}
+        except OSError as error:
+            # A sandbox may hide some of /proc; an entry that lacks this is not believed.
+            self._log.write(f"the ledger is not complete: {error.strerror}")
+            return {}
         if not self._place.directory:
             self._log.write(f"servers get no cgroup of their own: {self._place.reason}")
-        return {
-            "version": VERSION,
-            "boot": boot(),
-            "namespace": namespace(),
-            "client": [self._client, client.start_time if client else 0],
-            "watchdog": watchdog,
-        }
+        who = [self._client, client.start_time if client else 0]
+        return {**facts, "client": who, "watchdog": self._me}
 
     def _new_cgroup(self, key: int) -> tuple[str, int]:
         if not self._place.directory:
@@ -109,7 +113,7 @@ class Entry:
         self.path = path
         self.mark = mark
         self.cgroup = cgroup
-        self._log = log
+        self.log = log
         self.descriptor = -1
 
     def create(self, run: int, facts: dict[str, object]) -> None:
@@ -177,7 +181,7 @@ class Entry:
     def remove(self) -> None:
         """Remove the entry and the cgroup: nothing of the server is left."""
         if self.cgroup and not cgroups.remove(self.cgroup):
-            self._log.write(f"the cgroup {self.cgroup} is not empty: a process of another tree is in it")
+            self.log.write(f"the cgroup {self.cgroup} is not empty: a process of another tree is in it")
         self._unlink(self.path)
 
     def remove_watchdogs_cgroup(self) -> None:
@@ -186,7 +190,7 @@ class Entry:
             cgroups.remove_empty(os.path.dirname(self.cgroup))
 
     def _fail(self, error: OSError) -> None:
-        self._log.write(f"cannot write {os.path.basename(self.path)}: {error.strerror}")
+        self.log.write(f"cannot write {os.path.basename(self.path)}: {error.strerror}")
 
     @staticmethod
     def _unlink(path: str) -> None:

@@ -21,13 +21,20 @@ def raise_descriptors() -> None:
     """Raise this process's soft limit to its hard limit."""
     global _given  # noqa: PLW0603 - a limit is the process's own, and forked keepers must know what it was
     _given = resource.getrlimit(_KIND)
-    resource.setrlimit(_KIND, (_given[1], _given[1]))
+    _set((_given[1], _given[1]))
 
 
 def restore_descriptors() -> None:
     """Set the limit back to what the test process had; what is open stays open."""
     if _given is not None:
-        resource.setrlimit(_KIND, _given)
+        _set(_given)
+
+
+def _set(limits: tuple[int, int]) -> None:
+    try:
+        resource.setrlimit(_KIND, limits)
+    except (OSError, ValueError):
+        return  # the hard limit is above what the kernel allows now (fs.nr_open)
 
 
 def check_descriptor(descriptor: int) -> None:

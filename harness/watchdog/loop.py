@@ -91,7 +91,7 @@ class Loop:
             events.SweepOrphans: self._sweep_orphans,
             events.Release: self._release,
             events.Answer: self._answer,
-            events.InterruptClient: self._interrupt_client,
+            events.InterruptClient: lambda effect: self._client.interrupt(effect.test.signal),
             events.EndClient: self._end_client,
             events.Log: lambda effect: self._log.write(effect.text),
             events.Leave: lambda _effect: self._leave(),
@@ -249,6 +249,8 @@ class Loop:
 
     def _see_time(self) -> None:
         now = time.monotonic()
+        if self._supervisor.hang_is_due(now) and self._client.is_in_use():
+            self._tell(events.DebuggerSeen())
         deadline = self._supervisor.next_deadline()
         if deadline is not None and deadline <= now:
             self._tell(events.Tick())
@@ -323,10 +325,6 @@ class Loop:
             kept.release()
             if self._roots.get(kept.root) is kept:
                 del self._roots[kept.root]
-
-    def _interrupt_client(self, effect: events.InterruptClient) -> None:
-        if not self._client.interrupt(effect.test.signal):
-            self._tell(events.DebuggerSeen())
 
     def _end_client(self, effect: events.EndClient) -> None:
         self._log.write(effect.text)

@@ -58,7 +58,13 @@ def fork_root(launch: Launch, log: int, entry: Entry, watchdogs_log: Log) -> Roo
             _execute(launch, log, keeper, write_end)
     finally:
         os.close(write_end)
-    return Root(pid, os.pidfd_open(pid), read_end)
+    try:
+        return Root(pid, os.pidfd_open(pid), read_end)
+    except OSError:
+        # No descriptor is left: a root that nobody can hold must not begin its work.
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
 
 
 def _fork_into(cgroup: str, watchdogs_log: Log) -> int:

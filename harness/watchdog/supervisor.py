@@ -95,6 +95,10 @@ class Supervisor:
         ]
         return min(times, default=None)
 
+    def hang_is_due(self, now: float) -> bool:
+        """Say whether the next Tick does something about a test that hangs: not while somebody debugs it."""
+        return self._hangs.deadline is not None and self._hangs.deadline <= now
+
     # ---- requests
 
     def _on_request(self, request_id: int, request: Request, now: float) -> None:

@@ -159,12 +159,20 @@ def test_tails_of_logs(tmp_path: Path, content: bytes, lines: int, expected: str
 # ---- state_dir
 
 
-def test_a_state_directory_is_made_and_narrowed(tmp_path: Path) -> None:
+def test_a_state_directory_is_made_closed_and_an_open_one_is_refused(tmp_path: Path) -> None:
     made = state_dir.find(tmp_path / "a" / "state")
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
-    made.chmod(0o777)
-    assert state_dir.find(made) == made
-    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    for mode in (0o777, 0o710, 0o701):
+        made.chmod(mode)
+        with pytest.raises(harness.HarnessError, match=rf"has mode {mode:04o}, so others can get in"):
+            state_dir.find(made)
+        assert stat.S_IMODE(made.stat().st_mode) == mode, "it may be one that others need, such as /tmp"
+
+
+def test_a_missing_state_directory_is_not_made_to_be_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(harness.HarnessError, match=r"cannot look at the state directory .*: No such file"):
+        state_dir.find(tmp_path / "missing", make=False)
+    assert not (tmp_path / "missing").exists()
 
 
 def test_where_the_state_directory_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SLEEP = shutil.which("sleep") or "sleep"
 DEAD = (2**22 - 1, 1)
 RUN = f"{DEAD[0]}-{DEAD[1]}"
+NAME = f"server-{RUN}-1.json"
 SECRET = "sekrit-0815"  # noqa: S105 - it stands for one
 
 
@@ -45,6 +46,7 @@ def bystander() -> Iterator[processes.Identity]:
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
+    (tmp_path / "state").mkdir(mode=0o700)
     (tmp_path / "state" / "runs" / RUN).mkdir(parents=True, mode=0o700)
     return tmp_path / "state"
 
@@ -60,7 +62,7 @@ def facts(**changes: object) -> dict[str, Any]:
         "keeper": DEAD,
         "root": DEAD,
         "name": "it",
-        "mark": f"{RUN}/1/0123456789abcdef",
+        "mark": f"{RUN}/{RUN}-1/0123456789abcdef",
         "log": "/nowhere/it.log",
         "file": [1, 1],
         "cgroup": ["", 0],
@@ -71,11 +73,14 @@ def facts(**changes: object) -> dict[str, Any]:
 
 
 def record(state: Path, **changes: object) -> Path:
-    return write(state, json.dumps(facts(**changes)))
+    found = facts(**changes)
+    name = "-".join(map(str, found["watchdog"]))
+    found["mark"] = f"{RUN}/{name}-1/0123456789abcdef"
+    return write(state, json.dumps(found), f"server-{name}-1.json")
 
 
-def write(state: Path, text: str) -> Path:
-    path = state / "runs" / RUN / "server-1.json"
+def write(state: Path, text: str, name: str = NAME) -> Path:
+    path = state / "runs" / RUN / name
     path.write_text(text, encoding="utf-8")
     path.chmod(0o600)
     return path
@@ -216,7 +221,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "a name that is none": ({"name": 7}, "its name is no text"),
     "a log with a NUL": ({"log": "/a\0b"}, "its log is no text"),
     "another's mark": ({"mark": "1-2/1/0123456789abcdef"}, "its mark is that of another"),
-    "a mark that is too short": ({"mark": f"{RUN}/1/"}, "its mark is that of another"),
+    "a mark that is too short": ({"mark": f"{RUN}/{RUN}-1/"}, "its mark is that of another"),
     "somebody's cgroup": ({"cgroup": ["/sys/fs/cgroup/user.slice", 1]}, "its cgroup is not one"),
     "another watchdog's cgroup": ({"cgroup": ["/sys/fs/cgroup/harness-5-6/1", 1]}, "its cgroup is not one"),
     "a cgroup elsewhere": ({"cgroup": [f"/sys/fs/cgroup/x/../harness-{RUN}/1", 1]}, "its cgroup is not one"),
@@ -265,7 +270,7 @@ def plant_writable(path: Path) -> None:
     ids=["link", "FIFO", "directory", "socket", "writable"],
 )
 def test_an_entry_that_is_no_file_of_ours_is_reported(state: Path, plant: Callable[[Path], None]) -> None:
-    path = state / "runs" / RUN / "server-1.json"
+    path = state / "runs" / RUN / NAME
     plant(path)
     began = time.monotonic()
     assert list(remains.end(state, limit_s=5.0).unreadable) == [path]
@@ -448,9 +453,10 @@ def test_what_is_planted_for_an_entry_is_not_written_to(watchdog: harness.Watchd
     (run,) = runs.directories(tmp_path / "state")
     victim = tmp_path / "victim"
     victim.write_text("mine", encoding="ascii")
+    name = f"server-{watchdog.pid}-{who(watchdog.pid or 0).start_time}"
     for number in range(2, 9):
-        (run / f"server-{number}.json").symlink_to(victim)
-        (run / f"server-{number + 7}.json.new").symlink_to(victim)
+        (run / f"{name}-{number}.json").symlink_to(victim)
+        (run / f"{name}-{number + 7}.json.new").symlink_to(victim)
     for _ in range(6):
         watchdog.launch(["true"]).wait(READY_S)
     assert victim.read_text(encoding="ascii") == "mine"

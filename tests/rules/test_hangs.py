@@ -45,7 +45,7 @@ def test_each_step_has_its_time() -> None:
     driven.tell(events.RootExited(own, -15))
     driven.tell(events.TreeGone(own))
     assert driven.deadline_s == DEADLINE_S + GRACE_S / 2
-    assert due(driven) == [events.Ask([shared])]
+    assert due(driven) == [events.Ask([shared]), events.InterruptClient(begin_of(DEADLINE_S, GRACE_S))]
     driven.tell(events.TreeGone(shared))
     assert driven.deadline_s == DEADLINE_S + GRACE_S
     (end,) = due(driven)
@@ -60,7 +60,7 @@ def test_servers_of_a_hung_test_have_the_grace_of_a_crash() -> None:
     answer(driven)
     driven.tick(DEADLINE_S)
     assert driven.phase(own) == "asked"
-    assert driven.tick(DEADLINE_S + GRACE_S / 2) == [events.Ask([1])]
+    assert driven.tick(DEADLINE_S + GRACE_S / 2)[0] == events.Ask([1])
     driven.tell(events.TreeGone(1))
     assert driven.deadline_s == DEADLINE_S + CRASH_GRACE_S
     assert due(driven) == [events.Kill([own])]
@@ -76,10 +76,47 @@ def test_an_answer_says_why_and_its_servers_are_stopped_at_once() -> None:
     assert driven.deadline_s == DEADLINE_S + GRACE_S / 2
 
 
-def test_an_answer_that_comes_while_a_debugger_holds_the_test_hurries_nothing() -> None:
+def test_an_answer_that_comes_while_a_debugger_holds_the_test_begins_all_again() -> None:
     driven, _, _ = hanging()
     driven.request(HoldTest(is_held=True))
-    assert answer(driven) == PASSED
+    assert answer(driven) == ""
+    assert driven.deadline_s is None
+    driven.at(60.0).request(HoldTest(is_held=False))
+    assert driven.deadline_s == 60.0 + LOOK_AGAIN_S
+    assert due(driven) == [events.InterruptClient(begin_of(DEADLINE_S, GRACE_S))]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_debugger_that_comes_late_saves_the_process(steps: int) -> None:
+    """It was attached after the servers were stopped: what is due then is put off, and begins with an interrupt."""
+    driven, shared, own = hanging()
+    for key in (own, shared)[:steps]:
+        assert events.Ask([key]) in due(driven)
+        driven.tell(events.TreeGone(key))
+    assert driven.deadline_s is not None
+    driven.at(driven.deadline_s)
+    assert driven.rules.hang_is_due(driven.now)
+    driven.tell(events.DebuggerSeen())
+    assert not driven.rules.hang_is_due(driven.now)
+    assert due(driven) == [events.InterruptClient(begin_of(DEADLINE_S, GRACE_S))]
+    assert driven.made(events.EndClient) == []
+
+
+def test_a_debugger_that_answers_late_saves_the_process() -> None:
+    driven, _, own = hanging()
+    due(driven)
+    driven.tell(events.TreeGone(own))
+    assert answer(driven, is_debugging=True) == ""
+    assert due(driven) == [events.InterruptClient(begin_of(DEADLINE_S, GRACE_S))]
+
+
+def test_a_process_that_was_ended_is_not_saved_any_more() -> None:
+    driven, shared, own = hanging()
+    for _ in range(3):
+        due(driven)
+        for key in (own, shared):
+            driven.tell(events.TreeGone(key))
+    driven.tell(events.DebuggerSeen())
     assert driven.deadline_s is None
 
 

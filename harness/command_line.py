@@ -71,10 +71,13 @@ def _directory(text: str) -> str:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    directory = state_dir.find(options.state_dir, make=False)
-    found = left = remains.find(directory)
+    if options.state_dir is None and not state_dir.default().exists():
+        found = left = remains.Remains()  # nothing has been launched yet
+    else:
+        directory = state_dir.find(options.state_dir, make=False)
+        found = left = remains.find(directory)
     rows = _rows(found)
-    if options.yes:
+    if options.yes and found.entries:
         left = remains.end(directory, limit_s=_LIMIT_S)
         survivors = {stat.pid for stats in left.processes.values() for stat in stats}
         for row in rows:

@@ -24,7 +24,7 @@ def find(given: str | os.PathLike[str] | None = None, *, make: bool = True) -> P
     It is `given`, else $HARNESS_STATE_DIR, else $XDG_RUNTIME_DIR/harness, else /tmp/harness-UID. Raises HarnessError if
     it is a link, not a directory, another user's, or one that others may enter: it may be one that they need.
     """
-    path = Path(given) if given is not None else _default()
+    path = Path(given) if given is not None else default()
     try:
         if make:
             path.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)
@@ -45,7 +45,8 @@ def find(given: str | os.PathLike[str] | None = None, *, make: bool = True) -> P
     return path.absolute()
 
 
-def _default() -> Path:
+def default() -> Path:
+    """Give the place of the state directory where none is given; it may not be there yet."""
     if named := os.environ.get("HARNESS_STATE_DIR"):
         return Path(named)
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):

@@ -183,7 +183,7 @@ def test_where_the_state_directory_is(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.delenv("HARNESS_STATE_DIR")
     assert state_dir.find() == tmp_path / "run" / "harness"
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    assert str(state_dir._default()) == f"/tmp/harness-{os.geteuid()}"  # noqa: S108 - its owner and mode are checked
+    assert str(state_dir.default()) == f"/tmp/harness-{os.geteuid()}"  # noqa: S108 - its owner and mode are checked
     monkeypatch.setenv("HARNESS_STATE_DIR", "relative")
     with harness.Watchdog() as watchdog:
         server = watchdog.launch(["sleep", "60"])

@@ -420,7 +420,8 @@ def test_who_sees_the_keeper_die_records_the_tree(watchdog: harness.Watchdog, tm
 def test_a_link_planted_for_the_run_is_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.mkdir()
-    (tmp_path / "state" / "runs").mkdir(parents=True, mode=0o700)
+    (tmp_path / "state").mkdir(mode=0o700)
+    (tmp_path / "state" / "runs").mkdir(mode=0o700)
     me = processes.identify(os.getpid())
     assert me is not None
     (tmp_path / "state" / "runs" / f"{me.pid}-{me.start_time}").symlink_to(victim)
@@ -484,9 +485,25 @@ def test_usage_errors_are_2_and_help_is_0(capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_bad_state_directory_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert command_line.main(["sweep", "--state-dir", str(tmp_path / "file")]) == 1
+    assert command_line.main(["sweep", "--state-dir", str(tmp_path / "file")]) == 2
+    assert command_line.main(["sweep", "--json", "--state-dir", str(tmp_path / "missing")]) == 2
+    assert not (tmp_path / "missing").exists()
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "the state directory" in shown.err
+    assert "No such file" in shown.err
     assert command_line.main(["doctor", "--state-dir", str(tmp_path / "file")]) == 1
-    assert capsys.readouterr().out.count("cannot make the state directory") == 2
+    assert "BAD  state directory: cannot make the state directory" in capsys.readouterr().out
+
+
+def test_where_nothing_was_ever_launched_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HARNESS_STATE_DIR", str(tmp_path / "missing"))
+    for options in ([], ["--yes"]):
+        assert command_line.main(["sweep", *options]) == 0
+        assert capsys.readouterr().out == "no dead run has left anything\n"
+    assert not (tmp_path / "missing").exists()
 
 
 def test_a_name_cannot_steer_the_terminal(
@@ -495,8 +512,13 @@ def test_a_name_cannot_steer_the_terminal(
     record(state, members=[bystander], name="\x1b[31mred\nline")
     assert command_line.main(["sweep", "--state-dir", str(state)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert "?[31mred?line" in lines[1]
+    assert lines[2].startswith("python -m harness sweep --yes ends them")
+    (state / "runs" / RUN / "server-\x1b[31m.json").touch()
+    for command in ("sweep", "doctor"):
+        assert command_line.main([command, "--state-dir", str(state)]) == 1
+        assert "\x1b" not in capsys.readouterr().out
 
 
 def test_the_doctor_looks_at_everything(
@@ -509,11 +531,77 @@ def test_the_doctor_looks_at_everything(
     ]
     record(state, members=[bystander])
     assert command_line.main(["doctor", "--state-dir", str(state)]) == 1
-    assert (
-        "BAD  ledger: 1 servers in the ledger; dead runs have left 1 processes -> python -m" in capsys.readouterr().out
-    )
+    advice = f"python -m harness sweep --yes --state-dir {state} ends them"
+    assert f"BAD  ledger: dead runs have left 1 process -> {advice}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system")
+def test_the_doctor_sees_a_full_state_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "full").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "tmpfs", str(tmp_path / "full")]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        with (tmp_path / "full" / "filler").open("wb") as filler:
+            os.posix_fallocate(filler.fileno(), 0, 60 << 10)
+        assert command_line.main(["doctor", "--state-dir", str(tmp_path / "full")]) == 1
+        assert "BAD  state directory: " in capsys.readouterr().out
+    finally:
+        subprocess.run(["umount", str(tmp_path / "full")], check=True)  # noqa: S607
+
+
+@pytest.mark.parametrize(("given", "is_fine"), [("off", True), ("on", True), ("", True), ("OFF", False), ("0", False)])
+def test_a_wrong_word_about_cgroups_is_an_error_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str, *, is_fine: bool
+) -> None:
+    monkeypatch.setenv("HARNESS_CGROUP", given)
+    assert doctor._kill_path().is_fine is is_fine
+    owner = harness.Watchdog(state_dir=tmp_path / "state")
+    if is_fine:
+        owner.start().close()
+    else:
+        with pytest.raises(harness.HarnessError, match='HARNESS_CGROUP must be "on" or "off"'):
+            owner.start()
 
 
 def test_the_doctor_says_that_cgroups_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARNESS_CGROUP", "off")
     assert doctor._kill_path().text.endswith("(HARNESS_CGROUP=off)")
+
+
+# ---- several watchdogs of one test process
+
+
+def test_two_watchdogs_of_one_process_have_entries_of_their_own(tmp_path: Path) -> None:
+    """Each counts its servers from 1, and both write into the directory of the same run."""
+    state = tmp_path / "state"
+    with harness.Watchdog(state_dir=state) as first, harness.Watchdog(state_dir=state) as second:
+        one, other = first.launch(["sleep", "100"]), second.launch(["sleep", "100"])
+        found = [entries.read(path) for path in runs.entries(state)]
+        assert {entry.root for entry in found if entry} == {who(one.pid), who(other.pid)}
+        one.stop()
+        (left,) = [entries.read(path) for path in runs.entries(state)]
+        assert left is not None
+        assert left.root == who(other.pid)
+    assert runs.entries(state) == []
+
+
+def test_a_sandbox_that_hides_facts_costs_the_entry_not_the_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hidden() -> str:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(ledger, "boot", hidden)
+    run = tmp_path / "runs" / "7-1"
+    log = Log(str(run / "watchdog.log"))
+    book = ledger.Ledger(str(run), os.getppid(), log, use_cgroups=False)
+    launch = Launch("it", ["a"], {}, [], "/", [], str(run / "it.log"), str(run), "root", 1.0, None)
+    entry = book.open(1, launch)
+    assert "the ledger is not complete: No such file" in (run / "watchdog.log").read_text(encoding="utf-8")
+    with pytest.raises(entries.Unreadable):
+        entries.read(Path(entry.path))
+    entry.close()
+    entry.remove()
+    book.close()
+    os.close(log._descriptor or 0)

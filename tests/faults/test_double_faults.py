@@ -91,7 +91,9 @@ def test_sweep_shows_them_and_ends_them(lost: Lost, bystander: int) -> None:
     code, text = sweep(lost.state)
     assert code == 1
     assert lost.alive() == before, "showing ends nobody"
-    shown = {int(line.split()[0]) for line in text.splitlines()[1:]}
+    _, *rows, advice = text.splitlines()
+    assert advice.startswith("python -m harness sweep --yes ends them")
+    shown = {int(row.split()[0]) for row in rows}
     assert shown == set(lost.watched.alive())
     assert "lost" in text
     code, text = sweep(lost.state, "--yes", "--json")

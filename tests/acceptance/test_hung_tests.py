@@ -340,10 +340,10 @@ def test_tests_in_forked_children_are_left_alone(pytester: pytest.Pytester) -> N
             return True
         """
     )
-    pytester.makepyfile("def test_uses_it(watchdog): pass\ndef test_in_a_child(): pass\n")
+    pytester.makepyfile(test_suite="def test_uses_it(watchdog): pass\ndef test_in_a_child(): pass\n")
     for options in ((), ("--harness-deadline=60",)):
         run(pytester, *options)[0].assert_outcomes(passed=1)
-        run(pytester, *options, "-k", "child")[0].assert_outcomes()
+        run(pytester, *options, "test_suite.py::test_in_a_child")[0].assert_outcomes()
 
 
 @pytest.mark.parametrize("kind", ["file", "socket"])

@@ -247,7 +247,7 @@ def running(guarded: harness.Watchdog, tmp_path: Path, secret: str) -> harness.W
     assert secret
     for options in ([], ["--ignore"]):
         command = server_command(tmp_path, *options)
-        guarded.launch(command, env=secrets(), ports=["more"], ready=READY).wait_ready(TIMEOUT_S)
+        guarded.launch(command, env=secrets(), ports=["more"], ready=READY, grace_s=0.5).wait_ready(TIMEOUT_S)
     return guarded
 
 

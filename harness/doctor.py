@@ -14,7 +14,7 @@ from harness.errors import HarnessError
 if TYPE_CHECKING:
     from pathlib import Path
 
-# A server costs its watchdog four descriptors, and at least two processes.
+# A server costs its watchdog three descriptors, and at least two processes.
 _FEW_DESCRIPTORS = 1024
 _FEW_PROCESSES = 256
 # More than an entry of the ledger, and than the stacks of most tests.

@@ -107,10 +107,13 @@ def main() -> int:
     run = Run(options)
     began = time.monotonic()
     strays: list[str] = []
+    is_interrupted = False
     try:
         _run_all(run, seeds, options.jobs)
-        strays = run.strays()
+    except KeyboardInterrupt:
+        is_interrupted = True  # what has been seen until then is worth its table
     finally:
+        strays = run.strays()
         run.close()
     facts = {**_facts(options, run, time.monotonic() - began), "left outside of a trial's place": strays or "nothing"}
     if options.json:
@@ -118,7 +121,8 @@ def main() -> int:
     else:
         print("\n".join(f"{name}: {value}" for name, value in facts.items()))
         print(chaos_table.table(run.results))
-    return int(bool(strays) or any(result.is_failure for result in run.results))
+    is_failure = bool(strays) or any(result.is_failure for result in run.results)
+    return 130 if is_interrupted and not is_failure else int(is_failure)
 
 
 def _run_all(run: Run, seeds: list[int], jobs: int) -> None:

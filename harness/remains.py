@@ -202,10 +202,23 @@ def end(directory: Path, *, limit_s: float) -> Remains:
 
 def _stop_all(hold: _Hold, found: Remains, deadline: float) -> None:
     for _ in range(_MOST_LOOKS):
-        fresh = [stat for stat, _ in look(found.entries.values()) if hold.take(stat)]
-        if not fresh or time.monotonic() >= deadline:
-            return
+        _strike_marked(hold, found, signal.SIGSTOP)
+        seen = [stat for stat, _ in look(found.entries.values())]
+        fresh = [stat for stat in seen if hold.take(stat)]
         hold.send(signal.SIGSTOP)
+        is_settled = not fresh and all(map(hold.has, seen))
+        if is_settled or time.monotonic() >= deadline:
+            return
+
+
+def _strike_marked(hold: _Hold, found: Remains, number: int) -> None:
+    """Signal who bears a mark at once, the newest first: one that hops on by forking is not there any more later."""
+    entries = [entry for entry in found.entries.values() if entry.boot == ledger.boot()]
+    evidence, spared = _Evidence(entries), _own_line()
+    for pid in sorted((int(name) for name in os.listdir("/proc") if name.isdigit()), reverse=True):
+        stat = procfs.stat(pid) if pid not in spared else None
+        if stat is not None and stat.state not in "ZX" and evidence.owner(stat) is not None and hold.take(stat):
+            hold.send_one(stat, number)
 
 
 def _kill_all(hold: _Hold, found: Remains, deadline: float) -> None:
@@ -220,6 +233,7 @@ def _kill_all(hold: _Hold, found: Remains, deadline: float) -> None:
             return
         for stat in left:
             hold.take(stat)
+        _strike_marked(hold, found, signal.SIGKILL)
         time.sleep(_PAUSE_S)
 
 
@@ -257,6 +271,15 @@ class _Hold:
             return False
         self._pidfds[who] = descriptor
         return True
+
+    def has(self, stat: procfs.Stat) -> bool:
+        """Say whether a process is held."""
+        return Identity(stat.pid, stat.start_time) in self._pidfds
+
+    def send_one(self, stat: procfs.Stat, number: int) -> None:
+        """Send a signal to one that is held."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            signal.pidfd_send_signal(self._pidfds[Identity(stat.pid, stat.start_time)], number)
 
     def send(self, number: int) -> None:
         """Send a signal to all that are held."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import signal
-import sys
 import statistics
+import sys
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING

@@ -19,6 +19,7 @@ import pytest
 from harness import procfs
 from harness.broker import directory as directories
 from harness.broker import slots, turns
+from harness.broker import store as stores
 from harness.broker.store import Store, StoreBusy, StoreError
 from harness.watchdog import ledger
 
@@ -50,7 +51,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "gpu"
 
 
-@pytest.fixture(params=[0o1777, 0o0777, 0o2770], ids=["sticky", "open", "group"])
+@pytest.fixture(params=[0o1777, 0o0777, 0o2770, 0o0770], ids=["sticky", "open", "set-group-ID", "group"])
 def shared(request: pytest.FixtureRequest) -> Iterator[Path]:
     """Give a directory outside of pytest's own, which are closed to other users."""
     with tempfile.TemporaryDirectory() as above:
@@ -211,6 +212,34 @@ def test_a_slot_that_is_being_written_is_looked_at_again(store: Store, path: Pat
     assert store.has_changed()
 
 
+def test_what_was_read_right_after_a_write_is_not_trusted(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another write within the same tick of the file system's clock, of the same size, leaves no trace but itself."""
+    put(store, {"number": 1})
+    written_s = (path / "book.0").stat().st_mtime
+    for after_s, is_too_early in ((0.001, True), (0.03, True), (0.2, False)):
+        monkeypatch.setattr(time, "time", lambda after_s=after_s: written_s + after_s)
+        store.read()
+        assert store.has_changed() is is_too_early
+
+
+def test_writers_may_be_faster_than_a_reader(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it looks at one slot the other is written, and then the first: it finds both torn, and looks again."""
+    put(store, {"number": 1})
+    put(store, {"number": 2})
+    real = stores._read_slot
+    torn = [True] * 8
+
+    def read(*arguments: Any) -> tuple[bytes, tuple[int, ...]]:
+        raw, stamp = real(*arguments)
+        return (raw[:-1] + b"?" * torn.pop(), stamp) if torn else (raw, stamp)
+
+    monkeypatch.setattr(stores, "_read_slot", read)
+    assert store.read() == {"number": 2}
+    assert not torn
+
+
 # --- Torn slots
 
 
@@ -299,11 +328,9 @@ def test_a_writer_that_is_killed_between_any_two_steps(tmp_path: Path, before: i
     for step, *_ in lines:
         store = Store(str(tmp_path / step), is_shared=directory == "shared")
         seen.append(store.read().get("number", 0))
+        modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / step).glob("*")}
+        assert modes <= {0o666 if directory == "shared" else 0o600}, f"step {step}: others cannot open its files"
         assert store.change(add, timeout_s=0.0) == seen[-1] + 1, "it has left the lock behind"
-        modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / step).iterdir()}
-        assert modes == {0o666 if directory == "shared" else 0o600}, (
-            f"step {step} leaves a file that is closed to others"
-        )
     assert seen == sorted(seen)
     assert set(seen) == {before, before + 1}
     assert seen[-1] == before + 1

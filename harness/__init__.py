@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from harness.server import Server
 
 __all__ = [
+    "DeviceRelease",
     "GpuNotReleased",
+    "GpuProcess",
     "GpuRelease",
     "GpuUnavailable",
     "HarnessError",
@@ -60,7 +62,9 @@ _HOMES = {
     "http_ok": "readiness",
     "log_line": "readiness",
     "port_open": "readiness",
-    **dict.fromkeys(("GpuRelease", "ServerOutcome", "StopReport", "Survivor"), "outcomes"),
+    **dict.fromkeys(
+        ("DeviceRelease", "GpuProcess", "GpuRelease", "ServerOutcome", "StopReport", "Survivor"), "outcomes"
+    ),
 }
 
 

@@ -43,12 +43,17 @@ class Launcher(Protocol):
         `wait_ready` waits for, up to `ready_timeout_s` seconds (480). When the server is stopped, `grace_s` is the time
         between SIGTERM and SIGKILL, and `ask` says whether SIGTERM goes to the root or to its process group. Each of
         `ports` names one more port to hold. `deadline_s` after its launch the watchdog stops the server (README).
+        `gpus` leases so many GPUs, or those in a list of UUIDs and indexes of visible devices, and `gpu_memory_mib` a
+        share of one, or of each: it waits in arrival order until they are free. The server sees just these.
 
-        Raises SpecError (nothing was started) or LaunchFailed (the program could not be executed; nothing is left).
+        Raises SpecError (nothing was started), GpuUnavailable (nothing was started), or LaunchFailed (the program could
+        not be executed; nothing is left).
         """
         __tracebackhide__ = True  # the arguments hold environment values, which a traceback must not show
         env = specs.sealed(env)
-        specs.not_yet(gpus=gpus, gpu_memory_mib=gpu_memory_mib)
+        wish = specs.gpus(gpus, gpu_memory_mib)
+        if wish is not None:
+            specs.check_devices_are_not_named(env)
         spec = specs.ServerSpec(
             name=specs.optional_name(name),
             command=specs.command(command),
@@ -61,6 +66,7 @@ class Launcher(Protocol):
             ask=specs.ask(ask),
             ports=specs.ports(ports),
             deadline_s=specs.optional_seconds(deadline_s, "deadline_s"),
+            gpus=wish,
         )
         specs.check_tokens(spec)
         return self.launch_spec(spec)

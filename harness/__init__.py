@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         WatchdogDied,
     )
     from harness.group import ServerGroup
-    from harness.outcomes import GpuRelease, ServerOutcome, StopReport, Survivor
+    from harness.outcomes import DeviceRelease, GpuProcess, GpuRelease, ServerOutcome, StopReport, Survivor
     from harness.popen import ServerProcess
     from harness.readiness import http_ok, log_line, port_open
     from harness.server import Server

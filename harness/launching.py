@@ -46,14 +46,10 @@ class Launcher(Protocol):
         `gpus` leases so many GPUs, or those in a list of UUIDs and indexes of visible devices, and `gpu_memory_mib` a
         share of one, or of each: it waits in arrival order until they are free. The server sees just these.
 
-        Raises SpecError (nothing was started), GpuUnavailable (nothing was started), or LaunchFailed (the program could
-        not be executed; nothing is left).
+        Raises SpecError or GpuUnavailable (nothing was started), or LaunchFailed (nothing is left).
         """
         __tracebackhide__ = True  # the arguments hold environment values, which a traceback must not show
         env = specs.sealed(env)
-        wish = specs.gpus(gpus, gpu_memory_mib)
-        if wish is not None:
-            specs.check_devices_are_not_named(env)
         spec = specs.ServerSpec(
             name=specs.optional_name(name),
             command=specs.command(command),
@@ -66,7 +62,7 @@ class Launcher(Protocol):
             ask=specs.ask(ask),
             ports=specs.ports(ports),
             deadline_s=specs.optional_seconds(deadline_s, "deadline_s"),
-            gpus=wish,
+            gpus=specs.gpus(gpus, gpu_memory_mib, env),
         )
         specs.check_tokens(spec)
         return self.launch_spec(spec)

@@ -200,11 +200,16 @@ def check_tokens(spec: ServerSpec) -> None:
             raise SpecError(f"{{port:{unknown}}} is not among ports={list(spec.ports)}")
 
 
-def gpus(value: object, memory_mib: object = None) -> GpuWish | None:
+def gpus(value: object, memory_mib: object = None, changes: Mapping[str, str | None] | None = None) -> GpuWish | None:
     """Check which GPUs are wanted: a number of them, or a list of UUIDs and indexes; with a share alone, one."""
     share = _share(memory_mib)
-    if value is None:
-        return None if share is None else GpuWish(1, (), share)
+    if value is None and share is None:
+        return None
+    check_devices_are_not_named(changes)
+    return GpuWish(1, (), share) if value is None else _wish(value, share)
+
+
+def _wish(value: object, share: int | None) -> GpuWish:
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
             raise SpecError(f"gpus must be at least 1, or None for none, not {value}")

@@ -87,7 +87,10 @@ class Loop:
         self._epoll = select.epoll()
         self._sources: dict[int, Callable[[], None]] = {}
         self._is_told_to_end = False
-        self._effects: dict[type[events.Effect], Callable[..., None]] = {
+        self._effects = self._acts()
+
+    def _acts(self) -> dict[type[events.Effect], Callable[..., None]]:
+        return {
             events.Spawn: self._spawn,
             events.Go: self._go,
             events.TellBroker: lambda effect: self._brokering.send(effect.order),

@@ -42,9 +42,8 @@ class Launcher(Protocol):
         with `env` over it (None removes a name); the working directory is this process's, or `cwd`. `ready` is what
         `wait_ready` waits for, up to `ready_timeout_s` seconds (480). When the server is stopped, `grace_s` is the time
         between SIGTERM and SIGKILL, and `ask` says whether SIGTERM goes to the root or to its process group. Each of
-        `ports` names one more port to hold. `deadline_s` after its launch the watchdog stops the server (README).
-        `gpus` leases so many GPUs, or those in a list of UUIDs and indexes of visible devices, and `gpu_memory_mib` a
-        share of one, or of each: it waits in arrival order until they are free. The server sees just these.
+        `ports` names one more port to hold. `deadline_s` after its launch the watchdog stops the server. `gpus` leases
+        so many GPUs, or a list of UUIDs and indexes, `gpu_memory_mib` a share of one, or of each (README, "GPUs").
 
         Raises SpecError or GpuUnavailable (nothing was started), or LaunchFailed (nothing is left).
         """
@@ -64,5 +63,4 @@ class Launcher(Protocol):
             deadline_s=specs.optional_seconds(deadline_s, "deadline_s"),
             gpus=specs.gpus(gpus, gpu_memory_mib, env),
         )
-        specs.check_tokens(spec)
-        return self.launch_spec(spec)
+        return self.launch_spec(specs.check_tokens(spec))

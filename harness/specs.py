@@ -193,11 +193,12 @@ def working_directory(value: StrPath | None) -> str:
 
 
 @_without_locals
-def check_tokens(spec: ServerSpec) -> None:
-    """Raise SpecError for a `{port:NAME}` whose name is not among the server's ports."""
+def check_tokens(spec: ServerSpec) -> ServerSpec:
+    """Give it back; raise SpecError for a `{port:NAME}` whose name is not among the server's ports."""
     for checked in (*spec.command, *(spec.environment[key] for key in spec.templated)):
         for unknown in templates.unknown_ports(checked, spec.ports):
             raise SpecError(f"{{port:{unknown}}} is not among ports={list(spec.ports)}")
+    return spec
 
 
 def gpus(value: object, memory_mib: object = None, changes: Mapping[str, str | None] | None = None) -> GpuWish | None:

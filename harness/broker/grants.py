@@ -69,21 +69,27 @@ def grant(book: Book, lease_id: str, readings: Readings, now: float, user: int =
     waiter = waiter_of(book, lease_id)
     if waiter is None:
         return book, Refused("it does not wait any more")
+    answer = _decide(book, waiter, readings)
+    if isinstance(answer, Granted):
+        book = replace(book, baselines=_baselines(book, answer.devices, readings, now))
+        book = _granted(book, waiter, answer.devices, now, user)
+    return book, answer
+
+
+def _decide(book: Book, waiter: Waiter, readings: Readings) -> Answer:
+    count = waiter.want.count
     usable = [uuid for uuid in waiter.want.candidates if not _hindrance(book, uuid, waiter, readings)]
-    if len(usable) < waiter.want.count:
-        return book, Refused(_refusal(book, waiter, readings, len(usable)))
+    if len(usable) < count:
+        # A quarantine ends when the memory is back, which may be so by now.
+        quarantined = [uuid for uuid in waiter.want.candidates if uuid in book.quarantines]
+        unread = tuple(uuid for uuid in quarantined if not _is_fresh(book, uuid, readings))
+        return Waits(unread) if unread else Refused(_refusal(book, waiter, readings, len(usable)))
     earlier = {uuid for other in book.waiters if other.ticket < waiter.ticket for uuid in other.want.candidates}
     open_to_it = [uuid for uuid in usable if uuid not in earlier]
-    if len(open_to_it) < waiter.want.count:
-        return book, Waits()
     ready, needs = _ready(book, waiter, open_to_it, readings)
-    if needs:
-        return book, Waits(tuple(needs))
-    if len(ready) < waiter.want.count:
-        return book, Waits()
-    chosen = tuple(ready[: waiter.want.count])
-    book = replace(book, baselines=_baselines(book, chosen, readings, now))
-    return _granted(book, waiter, chosen, now, user), Granted(chosen)
+    if len(open_to_it) < count or needs or len(ready) < count:
+        return Waits(tuple(needs) if len(open_to_it) >= count else ())
+    return Granted(tuple(ready[:count]))
 
 
 def _hindrance(book: Book, uuid: str, waiter: Waiter, readings: Readings) -> str:
@@ -126,8 +132,12 @@ def _ready(book: Book, waiter: Waiter, uuids: list[str], readings: Readings) -> 
     return [uuid for _, uuid in sorted(ranked, key=lambda found: found[0])], needs
 
 
+def _is_fresh(book: Book, uuid: str, readings: Readings) -> bool:
+    return uuid in readings and readings[uuid][0] == book.generation(uuid)
+
+
 def _may_need_reading(book: Book, uuid: str, share: int | None, readings: Readings) -> bool:
-    is_fresh = uuid in readings and readings[uuid][0] == book.generation(uuid)
+    is_fresh = _is_fresh(book, uuid, readings)
     holders = book.holders_of(uuid)
     if holders and (share is None or any(lease.devices[uuid] is None for lease in holders)):
         return False  # somebody has it, whatever a reading says
@@ -138,7 +148,7 @@ def _rank(book: Book, uuid: str, share: int | None, readings: Readings) -> tuple
     """Say how well a device suits, the lowest best; None if it cannot be had now, or if that is not known."""
     holders = book.holders_of(uuid)
     leaving = [lease for lease in book.leases_on(uuid) if lease not in holders]
-    reading = readings[uuid][1] if uuid in readings and readings[uuid][0] == book.generation(uuid) else None
+    reading = readings[uuid][1] if _is_fresh(book, uuid, readings) else None
     if leaving and not (isinstance(reading, Reading) and _have_left(book, uuid, leaving, reading)):
         return None
     if not holders:

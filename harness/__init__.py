@@ -23,13 +23,15 @@ if TYPE_CHECKING:
         WatchdogDied,
     )
     from harness.group import ServerGroup
-    from harness.outcomes import GpuRelease, ServerOutcome, StopReport, Survivor
+    from harness.outcomes import DeviceRelease, GpuProcess, GpuRelease, ServerOutcome, StopReport, Survivor
     from harness.popen import ServerProcess
     from harness.readiness import http_ok, log_line, port_open
     from harness.server import Server
 
 __all__ = [
+    "DeviceRelease",
     "GpuNotReleased",
+    "GpuProcess",
     "GpuRelease",
     "GpuUnavailable",
     "HarnessError",
@@ -60,7 +62,9 @@ _HOMES = {
     "http_ok": "readiness",
     "log_line": "readiness",
     "port_open": "readiness",
-    **dict.fromkeys(("GpuRelease", "ServerOutcome", "StopReport", "Survivor"), "outcomes"),
+    **dict.fromkeys(
+        ("DeviceRelease", "GpuProcess", "GpuRelease", "ServerOutcome", "StopReport", "Survivor"), "outcomes"
+    ),
 }
 
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import logs, messages, platform, private, procfs, specs, state_dir
-from harness.errors import HarnessError, LaunchFailed, SpecError, WatchdogDied
+from harness import leasing, logs, messages, platform, private, procfs, specs, state_dir
+from harness.errors import GpuUnavailable, HarnessError, LaunchFailed, SpecError, WatchdogDied
 from harness.forking import WatchdogProcess
 from harness.group import ServerGroup
 from harness.launching import Launcher
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from types import TracebackType
 
+    from harness.leasing import GpuLease
     from harness.specs import StrPath
 
 DEFAULT_CRASH_GRACE_S = 5.0
@@ -34,7 +35,8 @@ class Watchdog(Launcher):
     the watchdog asks every server to exit, kills what is left after `crash_grace_s` (at most), and ends.
 
     `state_dir`: see the README, "State". `log_dir`: where servers' logs are kept; by default they are in the state
-    directory and are removed a day after this process has ended. Raises SpecError for a wrong argument.
+    directory and are removed a day after this process has ended. A launch waits at most `gpu_wait_s` for GPUs; their
+    memory may take `gpu_release_s` to come back. Raises SpecError for a wrong argument.
     """
 
     def __init__(
@@ -43,11 +45,16 @@ class Watchdog(Launcher):
         state_dir: StrPath | None = None,
         log_dir: StrPath | None = None,
         crash_grace_s: float = DEFAULT_CRASH_GRACE_S,
+        gpu_wait_s: float = leasing.DEFAULT_WAIT_S,
+        gpu_release_s: float = leasing.DEFAULT_RELEASE_S,
     ) -> None:
         """Take the options; nothing is started yet."""
         self._given_state_dir = None if state_dir is None else specs.text(state_dir, "state_dir")
         self._given_log_dir = None if log_dir is None else Path(specs.text(log_dir, "log_dir")).absolute()
         self._crash_grace_s = specs.seconds(crash_grace_s, "crash_grace_s")
+        self._wait_s = specs.seconds(gpu_wait_s, "gpu_wait_s")
+        self._release_s = specs.seconds(gpu_release_s, "gpu_release_s")
+        self._state_dir = Path()
         self._link: Link | None = None
         self._log_dir = Path()
         self._lock = threading.Lock()
@@ -72,6 +79,7 @@ class Watchdog(Launcher):
     def attach(self, process: WatchdogProcess, run: Path) -> Watchdog:
         """Use a watchdog process that has been forked already, with its directory; for the plugin."""
         self._log_dir = self._given_log_dir or run
+        self._state_dir = run.parent.parent
         self._link = Link(process)
         return self
 
@@ -106,11 +114,40 @@ class Watchdog(Launcher):
         __tracebackhide__ = True  # the request holds the environment, which a traceback must not show
         link = self._started()
         name = spec.name if spec.name is not None else f"{Path(spec.command[0]).name}-{next(self._names)}"
+        if spec.gpus is None:
+            return self._launch_on(link, replace(spec, name=name), None, (), register)
+        lease = self.lease(spec.gpus, name)
+        try:
+            return self._launch_on(link, replace(spec, name=name), lease, lease.devices, register)
+        finally:
+            lease.end()  # it is this server's alone
+
+    def lease(self, wish: specs.GpuWish, name: str) -> GpuLease:
+        """Wait for GPUs, in arrival order; for `launch` and for groups. Raises GpuUnavailable."""
+        return leasing.take(self._started(), wish, leasing.terms(self._state_dir, self._wait_s, self._release_s), name)
+
+    def launch_on(
+        self, spec: specs.ServerSpec, lease: GpuLease, devices: tuple[str, ...], register: Callable[[Server], None]
+    ) -> Server:
+        """Start a server that has been checked on some devices of a group's lease; for groups."""
+        __tracebackhide__ = True
+        return self._launch_on(self._started(), spec, lease, devices, register)
+
+    def _launch_on(
+        self,
+        link: Link,
+        spec: specs.ServerSpec,
+        lease: GpuLease | None,
+        devices: tuple[str, ...],
+        register: Callable[[Server], None] | None,
+    ) -> Server:
+        __tracebackhide__ = True
+        name = spec.name or ""
         log_path = self._new_log(name)
         request = messages.Launch(
             name=name,
             command=spec.command,
-            environment=spec.environment,
+            environment=specs.with_devices(spec.environment, devices) if devices else spec.environment,
             templated=list(spec.templated),
             cwd=spec.cwd,
             ports=list(spec.ports),
@@ -119,10 +156,12 @@ class Watchdog(Launcher):
             ask=spec.ask,
             grace_s=spec.grace_s,
             deadline_s=spec.deadline_s,
+            lease=None if lease is None else lease.number,
+            devices=list(devices),
         )
         try:
-            return self._launch(link, request, replace(spec, name=name), log_path, register)
-        except LaunchFailed:
+            return self._launch(link, request, spec, log_path, register)
+        except (LaunchFailed, GpuUnavailable):
             log_path.unlink(missing_ok=True)
             raise
 
@@ -138,7 +177,8 @@ class Watchdog(Launcher):
         link.longest_grace_s = max(link.longest_grace_s, spec.grace_s)
         key = link.new_key()
         try:
-            server = Server(link, link.launch(key, request), spec, log_path=log_path)
+            devices = tuple(request.devices) if isinstance(request, messages.Launch) else ()
+            server = Server(link, link.launch(key, request), spec, log_path=log_path, devices=devices)
             with self._lock:
                 self._servers.append(server)
             if register is not None:
@@ -190,10 +230,13 @@ class Watchdog(Launcher):
         return found
 
     def group(self, name: str | None = None, *, gpus: object = None) -> ServerGroup:
-        """Make a group: servers that are launched through it are stopped together."""
-        specs.not_yet(gpus=gpus)
+        """Make a group: servers that are launched through it are stopped together.
+
+        `gpus` (as for `launch`) are leased together by its first launch, and given back by its stop. A server that is
+        launched in it with `gpus=` takes its share of them, one without sees all.
+        """
         chosen = specs.name(name) if name is not None else f"group-{next(self._names)}"
-        return ServerGroup(self, chosen)
+        return ServerGroup(self, chosen, specs.gpus(gpus))
 
     def stop(self, servers: Iterable[Server], *, grace_s: float | None = None) -> StopReport:
         """Stop any servers of this watchdog in parallel; return when no process of them is left.
@@ -209,7 +252,7 @@ class Watchdog(Launcher):
         pending = [server for server in chosen if not server.has_ended]
         seconds = 0.0
         if pending:
-            longest_s = limit or max(server.grace_s for server in pending)
+            longest_s = (limit or max(server.grace_s for server in pending)) + link.memory_s
             request = messages.Stop([server.key for server in pending], limit, kill=False)
             stopped = link.request(request, messages.Stopped, timeout_s=longest_s)
             _record(pending, stopped)

@@ -65,7 +65,12 @@ class WatchdogDied(HarnessError):  # noqa: N818 - the name is the public contrac
 
 
 class GpuUnavailable(HarnessError):  # noqa: N818 - the name is the public contract
-    """The GPUs that were asked for cannot be had."""
+    """The GPUs that were asked for cannot be had. Nothing was started.
+
+    `is_absent`: this machine has too few of them, or none, and nothing is out of order.
+    """
+
+    is_absent = False
 
 
 class GpuNotReleased(HarnessError):  # noqa: N818 - the name is the public contract

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from harness import session
+from harness.errors import GpuUnavailable, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,11 +24,33 @@ def watchdog(request: pytest.FixtureRequest) -> Iterator[Watchdog]:
     """
     owner = session.watchdog_of(request.config)
     yield owner
-    owner.stop(owner.servers).raise_if_leaked()
+    # Who was stopped before was reported then; only a process that SIGKILL did not end may still be there.
+    owner.stop([server for server in owner.servers if not server.has_ended]).raise_if_leaked()
 
 
 @pytest.fixture
 def server_group(watchdog: Watchdog, request: pytest.FixtureRequest) -> Iterator[ServerGroup]:
-    """Give a group of servers that are stopped in parallel when the test ends."""
-    with watchdog.group(request.node.name) as group:
+    """Give a group of servers that are stopped in parallel when the test ends.
+
+    With `@pytest.mark.gpus(n)` the test waits in its setup for so many GPUs (or for those in a list of UUIDs and
+    indexes), which are the group's. It is skipped, with the reason, where this machine has too few, or none.
+    """
+    marker = request.node.get_closest_marker("gpus")
+    if marker is None:
+        with watchdog.group(request.node.name) as group:
+            yield group
+        return
+    with watchdog.group(request.node.name, gpus=_gpus_of(marker)) as group:
+        try:
+            group.lease_gpus()
+        except GpuUnavailable as error:
+            if error.is_absent:
+                pytest.skip(str(error))
+            raise
         yield group
+
+
+def _gpus_of(marker: pytest.Mark) -> object:
+    if len(marker.args) != 1 or marker.kwargs:
+        raise SpecError("@pytest.mark.gpus takes one argument: a number of GPUs, or a list of UUIDs and indexes")
+    return marker.args[0]

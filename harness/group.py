@@ -9,19 +9,28 @@ from typing import TYPE_CHECKING, Protocol
 from harness import specs, waiting
 from harness.errors import HarnessError, SpecError
 from harness.launching import Launcher
+from harness.leasing import SharedLease
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import TracebackType
 
+    from harness.leasing import GpuLease
     from harness.outcomes import StopReport
     from harness.server import Server
+    from harness.specs import GpuWish
 
 
 class _Owner(Protocol):
     """What a group needs of its watchdog."""
 
     def launch_spec(self, spec: specs.ServerSpec, register: Callable[[Server], None]) -> Server: ...
+
+    def launch_on(
+        self, spec: specs.ServerSpec, lease: GpuLease, devices: tuple[str, ...], register: Callable[[Server], None]
+    ) -> Server: ...
+
+    def lease(self, wish: GpuWish, name: str) -> GpuLease: ...
 
     def stop(self, servers: Iterable[Server], *, grace_s: float | None = None) -> StopReport: ...
 
@@ -32,10 +41,11 @@ class ServerGroup(Launcher):
     Servers may be launched from several threads.
     """
 
-    def __init__(self, owner: _Owner, name: str) -> None:
+    def __init__(self, owner: _Owner, name: str, gpus: GpuWish | None = None) -> None:
         """Not for users: a group is made by `Watchdog.group`."""
         self._owner = owner
         self.name = name
+        self._leased = None if gpus is None else SharedLease(lambda: owner.lease(gpus, name))
         self._lock = threading.Lock()
         # Who has which name; None while it is being launched.
         self._named: dict[str, Server | None] = {}
@@ -57,11 +67,27 @@ class ServerGroup(Launcher):
         __tracebackhide__ = True  # as in `launch`
         name = self._reserve(spec.name)
         try:
-            return self._owner.launch_spec(replace(spec, name=name), self._add)
+            return self._launch(replace(spec, name=name))
         except BaseException:
             with self._lock:
                 self._named.pop(name)
             raise
+
+    def _launch(self, spec: specs.ServerSpec) -> Server:
+        __tracebackhide__ = True
+        if self._leased is None:
+            return self._owner.launch_spec(spec, self._add)
+        specs.check_devices_are_not_named(dict.fromkeys(spec.templated))
+        share = self._leased.share(spec.gpus)
+        with share:
+            share.server = self._owner.launch_on(spec, share.lease, share.devices, self._add)
+        return share.server
+
+    def lease_gpus(self) -> tuple[str, ...]:
+        """Wait for the group's GPUs now, not at its first launch; give their UUIDs. Raises GpuUnavailable."""
+        if self._leased is None:
+            raise SpecError(f"group {self.name!r} was made without gpus=")
+        return self._leased.share(None).devices
 
     def _reserve(self, name: str | None) -> str:
         with self._lock:
@@ -105,7 +131,12 @@ class ServerGroup(Launcher):
         return self
 
     def stop(self, *, grace_s: float | None = None) -> StopReport:
-        """Stop all servers of the group in parallel; return when no process of them is left."""
+        """Stop all servers of the group in parallel; return when no process of them is left.
+
+        The group's GPUs are given back as soon as their memory is.
+        """
+        if self._leased is not None:
+            self._leased.end()
         return self._owner.stop(self.servers, grace_s=grace_s)
 
     def __enter__(self) -> ServerGroup:  # noqa: PYI034 - typing.Self is there from Python 3.11 on

@@ -42,13 +42,13 @@ class Launcher(Protocol):
         with `env` over it (None removes a name); the working directory is this process's, or `cwd`. `ready` is what
         `wait_ready` waits for, up to `ready_timeout_s` seconds (480). When the server is stopped, `grace_s` is the time
         between SIGTERM and SIGKILL, and `ask` says whether SIGTERM goes to the root or to its process group. Each of
-        `ports` names one more port to hold. `deadline_s` after its launch the watchdog stops the server (README).
+        `ports` names one more port to hold. `deadline_s` after its launch the watchdog stops the server. `gpus` leases
+        so many GPUs, or a list of UUIDs and indexes, `gpu_memory_mib` a share of one, or of each (README, "GPUs").
 
-        Raises SpecError (nothing was started) or LaunchFailed (the program could not be executed; nothing is left).
+        Raises SpecError or GpuUnavailable (nothing was started), or LaunchFailed (nothing is left).
         """
         __tracebackhide__ = True  # the arguments hold environment values, which a traceback must not show
         env = specs.sealed(env)
-        specs.not_yet(gpus=gpus, gpu_memory_mib=gpu_memory_mib)
         spec = specs.ServerSpec(
             name=specs.optional_name(name),
             command=specs.command(command),
@@ -61,6 +61,6 @@ class Launcher(Protocol):
             ask=specs.ask(ask),
             ports=specs.ports(ports),
             deadline_s=specs.optional_seconds(deadline_s, "deadline_s"),
+            gpus=specs.gpus(gpus, gpu_memory_mib, env),
         )
-        specs.check_tokens(spec)
-        return self.launch_spec(spec)
+        return self.launch_spec(specs.check_tokens(spec))

@@ -17,6 +17,7 @@ from harness.frames import FrameError
 
 if TYPE_CHECKING:
     from harness.forking import WatchdogProcess
+    from harness.lease_messages import Lease
 
 # Round trips take 0.1 ms; a watchdog that is silent for this long is stopped or hung.
 ANSWER_S = 30.0
@@ -37,6 +38,7 @@ class Link:
         self.is_closed = False
         self._is_shut = False
         self.longest_grace_s = 0.0
+        self.memory_s = 0.0
         self.report: messages.Stopped | None = None
         self._has_launched = False
         self._closing = threading.RLock()  # a signal handler may close while this thread does
@@ -72,6 +74,12 @@ class Link:
         launched = self._exchange(key, request, messages.Launched, 0.0)
         self._remember_keeper(launched.keeper)
         return launched
+
+    def lease(self, number: int, request: Lease) -> None:
+        """Ask for a lease; how it is with it, WaitLease tells."""
+        self._check_usable()
+        self._has_launched = True
+        self._exchange(number, request, messages.Done, 0.0)
 
     def abandon(self, key: int) -> None:
         """Kill a server whose launch was interrupted, wherever that was: nobody will ever hold it."""
@@ -145,7 +153,7 @@ class Link:
                     self.is_closed = True
 
     def _close(self) -> None:
-        limit_s = self.longest_grace_s + END_S
+        limit_s = self.longest_grace_s + self.memory_s + END_S
         try:
             self.report = self._exchange(self._channel.new_id(), messages.Close(), messages.Stopped, limit_s)
         except HarnessError as error:

@@ -10,14 +10,28 @@ from __future__ import annotations
 import json
 import marshal
 
+from harness.fields import checked
+from harness.lease_messages import (
+    ClientGoneOrder,
+    DeviceRelease,
+    EndLease,
+    EndLeaseOrder,
+    GpuProcess,
+    Lease,
+    LeaseOrder,
+    LeaseStatus,
+    Released,
+    TenantAsked,
+    TenantGone,
+    TenantOrder,
+    TenantRecorded,
+    WaitLease,
+)
 from harness.records import Record, Sealed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import TypeAlias, TypeVar
-
-    _Kind = TypeVar("_Kind", bound=Record)
+    from typing import TypeAlias
 
 
 class MessageError(ValueError):
@@ -28,7 +42,10 @@ class MessageError(ValueError):
 
 
 class Launch(Record):
-    """Start a server. `templated` names the entries of `environment` in which tokens are replaced."""
+    """Start a server. `templated` names the entries of `environment` in which tokens are replaced.
+
+    On a `lease` its program is not executed before the store of leases names it, with its `devices` (UUIDs).
+    """
 
     name: str
     command: list[str]
@@ -41,6 +58,8 @@ class Launch(Record):
     ask: str
     grace_s: float
     deadline_s: float | None
+    lease: int | None
+    devices: list[str]
 
     def __repr__(self) -> str:
         """Show no environment: it holds tokens, and tracebacks show arguments."""
@@ -153,7 +172,7 @@ class Survivor(Record):
 class Outcome(Record):
     """How one server ended. `how` is exited, asked, killed or unkillable; `returncode` is Popen's, None if unknown.
 
-    `reason` is as in `ServerStatus`.
+    `reason` is as in `ServerStatus`; `gpu` has a row for each device of its lease.
     """
 
     key: int
@@ -164,6 +183,7 @@ class Outcome(Record):
     seconds: float
     survivors: list[Survivor]
     reason: str
+    gpu: list[DeviceRelease]
 
 
 class Stopped(Record):
@@ -205,6 +225,10 @@ class AskOrder(Record):
     root_asked: bool
 
 
+class GoOrder(Record):
+    """Start the root of a server on a lease."""
+
+
 class KillOrder(Record):
     """Kill the whole tree now."""
 
@@ -242,21 +266,39 @@ class Unkilled(Record):
 
 
 Request: TypeAlias = (
-    Launch | Adopt | Stop | SendSignal | Wait | Status | Close | BeginTest | HoldTest | InterruptSeen | EndTest
+    Launch
+    | Adopt
+    | Stop
+    | SendSignal
+    | Wait
+    | Status
+    | Close
+    | BeginTest
+    | HoldTest
+    | InterruptSeen
+    | EndTest
+    | Lease
+    | WaitLease
+    | EndLease
 )
-Reply: TypeAlias = Launched | Failed | Stopped | ServerStatus | Overdue | Done
-Order: TypeAlias = AskOrder | KillOrder
+Reply: TypeAlias = Launched | Failed | Stopped | ServerStatus | Overdue | Done | LeaseStatus
+Order: TypeAlias = AskOrder | GoOrder | KillOrder
+BrokerOrder: TypeAlias = LeaseOrder | EndLeaseOrder | TenantOrder | TenantAsked | TenantGone | ClientGoneOrder
+BrokerReport: TypeAlias = LeaseStatus | TenantRecorded | Released
 Report: TypeAlias = RootStarted | RootFailed | KillBegun | RootExit | TreeEmpty | Unkilled
-Message: TypeAlias = Request | Reply | Order | Report
+Message: TypeAlias = Request | Reply | Order | Report | BrokerOrder | BrokerReport
 
 _KINDS: dict[str, type[Message]] = {
     kind.__name__: kind
     for kind in (
         *(Launch, Adopt, Stop, SendSignal, Wait, Status, Close),
         *(BeginTest, HoldTest, InterruptSeen, EndTest),
-        *(Launched, Failed, Stopped, ServerStatus, Overdue, Done),
-        *(AskOrder, KillOrder),
+        *(Lease, WaitLease, EndLease),
+        *(Launched, Failed, Stopped, ServerStatus, Overdue, Done, LeaseStatus),
+        *(AskOrder, GoOrder, KillOrder),
         *(RootStarted, RootFailed, KillBegun, RootExit, TreeEmpty, Unkilled),
+        *(LeaseOrder, EndLeaseOrder, TenantOrder, TenantAsked, TenantGone, ClientGoneOrder),
+        *(TenantRecorded, Released),
     )
 }
 
@@ -273,13 +315,13 @@ def decode(data: bytes) -> Message:
     """Read a message; raises MessageError for anything else, a field of another type included."""
     try:
         name, fields = json.loads(data)
-        return _with_nested(_checked(_KINDS[name](**fields)))
+        return _with_nested(checked(_KINDS[name](**fields)))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise MessageError(f"not a message: {type(error).__name__}") from None
 
 
-def pack(message: Order | Report) -> bytes:
-    """Give the form between a watchdog and the keeper that it forked: JSON would cost every keeper 0.2 MiB."""
+def pack(message: Order | Report | BrokerOrder | BrokerReport) -> bytes:
+    """Give the form between a watchdog and its keepers and broker: JSON would cost every keeper 0.2 MiB."""
     return marshal.dumps((type(message).__name__, [_plain(value) for value in message]))
 
 
@@ -290,68 +332,34 @@ def unpack(data: bytes) -> Message:
 
 
 def _plain(value: object) -> object:
-    return [list(survivor) for survivor in value] if isinstance(value, list) else value
+    if isinstance(value, Record):
+        return [_plain(part) for part in value]
+    return [_plain(part) for part in value] if isinstance(value, list) else value
 
 
 def _with_nested(message: Message) -> Message:
     if isinstance(message, Stopped):
-        outcomes = [_checked(Outcome(*fields)) for fields in message.outcomes]
-        return message.replaced(outcomes=[o.replaced(survivors=_survivors(o.survivors)) for o in outcomes])
+        outcomes = [checked(Outcome(*fields)) for fields in message.outcomes]
+        return message.replaced(
+            outcomes=[o.replaced(survivors=_survivors(o.survivors), gpu=_releases(o.gpu)) for o in outcomes]
+        )
     if isinstance(message, Unkilled):
         return Unkilled(_survivors(message.survivors))
+    if isinstance(message, Released):
+        return message.replaced(devices=_releases(message.devices))
+    if isinstance(message, LeaseOrder):
+        return message.replaced(request=checked(Lease(*message.request)))
     return message
 
 
 def _survivors(rows: list[Survivor]) -> list[Survivor]:
-    return [_checked(Survivor(*row)) for row in rows]
+    return [checked(Survivor(*row)) for row in rows]
 
 
-# ---- what a field may hold
-
-# No number, size or time (in seconds) is as large as that.
-_NO_NUMBER = 1 << 64
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _NO_NUMBER
+def _releases(rows: list[DeviceRelease]) -> list[DeviceRelease]:
+    releases = [checked(DeviceRelease(*row)) for row in rows]
+    return [release.replaced(own=_processes(release.own), foreign=_processes(release.foreign)) for release in releases]
 
 
-def _is_time(value: object) -> bool:
-    # NaN, and what a sum of times cannot be, would make a deadline that never passes.
-    return _is_int(value) or (isinstance(value, float) and abs(value) < _NO_NUMBER)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_list_of(is_item: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, list) and all(map(is_item, value))
-
-
-def _is_map_to(is_item: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, dict) and all(map(is_item, value.values()))
-
-
-# By the text of the field's annotation: typing is not imported in the watchdog. Names in JSON objects are texts.
-_IS: dict[str, Callable[[object], bool]] = {
-    "int": _is_int,
-    "float": _is_time,
-    "str": _is_text,
-    "bool": lambda value: isinstance(value, bool),
-    "int | None": lambda value: value is None or _is_int(value),
-    "float | None": lambda value: value is None or _is_time(value),
-    "list[int]": _is_list_of(_is_int),
-    "list[str]": _is_list_of(_is_text),
-    "list[Survivor]": _is_list_of(lambda value: isinstance(value, list)),
-    "list[Outcome]": _is_list_of(lambda value: isinstance(value, list)),
-    "dict[str, int]": _is_map_to(_is_int),
-    "dict[str, str]": _is_map_to(_is_text),
-}
-
-
-def _checked(record: _Kind) -> _Kind:
-    for field, kind in type(record).__annotations__.items():
-        if not _IS[kind](getattr(record, field)):
-            raise TypeError(field)
-    return record
+def _processes(rows: list[GpuProcess]) -> list[GpuProcess]:
+    return [checked(GpuProcess(*row)) for row in rows]

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harness import signals
-from harness.errors import Leaked
+from harness.errors import GpuNotReleased, Leaked
 
 if TYPE_CHECKING:
-    from harness import messages
+    from harness import lease_messages, messages
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,65 @@ class Survivor:
 
 
 @dataclass(frozen=True)
+class GpuProcess:
+    """A process that a device lists. `used_mib` is None where the driver does not tell."""
+
+    pid: int
+    used_mib: int | None
+    command: str
+
+    def __str__(self) -> str:
+        """Describe the process in one line."""
+        return f"pid {self.pid}, {'?' if self.used_mib is None else self.used_mib} MiB: {self.command or '?'}"
+
+
+@dataclass(frozen=True)
+class DeviceRelease:
+    """Whether the memory of one device came back after a server.
+
+    `verdict` is "freed", "held" or "unknown" (there was no reading to judge by), and `note` says what is not obvious.
+    `baseline_mib` was in use before the lease, at most `peak_mib` during it (read every 0.25 s), and `now_mib` at the
+    end; None is no reading. `own` are processes of the server that the device still lists, `foreign` those of others
+    that came since. `waited_s` is the time since the stop began, `freed_at` the moment (`time.monotonic()`) of the
+    reading that showed the memory free.
+    """
+
+    uuid: str
+    index: int
+    verdict: str
+    baseline_mib: int | None
+    peak_mib: int | None
+    now_mib: int | None
+    own: tuple[GpuProcess, ...] = ()
+    foreign: tuple[GpuProcess, ...] = ()
+    waited_s: float = 0.0
+    freed_at: float | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        """Describe it in one line, and each process in one more."""
+        text = f"GPU {self.index} ({self.uuid}): {self.verdict} after {self.waited_s:.3f} s, {_mib(self.now_mib)} now,"
+        text += f" {_mib(self.baseline_mib)} before, {_mib(self.peak_mib)} at most" + (
+            f"; {self.note}" * bool(self.note)
+        )
+        lines = [f"\n    of the server: {process}" for process in self.own]
+        lines += [f"\n    of another, since: {process}" for process in self.foreign]
+        return text + "".join(lines)
+
+
+def _mib(value: int | None) -> str:
+    return "? MiB" if value is None else f"{value} MiB"
+
+
+@dataclass(frozen=True)
 class ServerOutcome:
     """How one server ended.
 
     `how` is "exited" (by itself), "asked" (SIGTERM was enough), "killed" or "unkillable". `returncode` is the root's,
     in `subprocess.Popen`'s convention, or None if it is not known (an adopted server). `seconds` is the stop's length.
     `reason` says why the watchdog stopped it unasked (its deadline, or that of a hung test), "" if it did not.
-    Of a launched server's survivors at most 50 are named.
+    Of a launched server's survivors at most 50 are named. `gpu` says of each device that it had leased whether the
+    memory came back.
     """
 
     name: str
@@ -43,6 +95,7 @@ class ServerOutcome:
     seconds: float
     survivors: tuple[Survivor, ...] = ()
     reason: str = ""
+    gpu: tuple[DeviceRelease, ...] = ()
 
     def __str__(self) -> str:
         """Describe the outcome in one line."""
@@ -53,7 +106,20 @@ class ServerOutcome:
 
 @dataclass(frozen=True)
 class GpuRelease:
-    """Whether the devices were given back; not measured yet in this version."""
+    """Whether the memory of all devices came back: a row for each device of each stopped server."""
+
+    devices: tuple[DeviceRelease, ...]
+
+    @property
+    def verdict(self) -> str:
+        """Give the worst verdict: "held" before "unknown" before "freed"."""
+        verdicts = {device.verdict for device in self.devices}
+        return next((verdict for verdict in ("held", "unknown") if verdict in verdicts), "freed")
+
+    @property
+    def is_freed(self) -> bool:
+        """Say whether all memory is known to be back."""
+        return self.verdict == "freed"
 
 
 @dataclass(frozen=True)
@@ -62,7 +128,12 @@ class StopReport:
 
     outcomes: tuple[ServerOutcome, ...]
     seconds: float
-    gpu: GpuRelease | None = None
+
+    @property
+    def gpu(self) -> GpuRelease | None:
+        """Say what became of the memory of the servers' GPUs; None if none had leased any."""
+        devices = tuple(device for outcome in self.outcomes for device in outcome.gpu)
+        return GpuRelease(devices) if devices else None
 
     @property
     def survivors(self) -> tuple[Survivor, ...]:
@@ -71,13 +142,24 @@ class StopReport:
 
     @property
     def is_clean(self) -> bool:
-        """Say whether nothing survived."""
-        return all(outcome.how != "unkillable" for outcome in self.outcomes)
+        """Say whether nothing survived, and no memory of a GPU is known to be held."""
+        is_held = self.gpu is not None and self.gpu.verdict == "held"
+        return not is_held and all(outcome.how != "unkillable" for outcome in self.outcomes)
 
     def raise_if_leaked(self) -> None:
-        """Raise Leaked, naming every survivor, if there is one."""
-        if self.is_clean:
-            return
+        """Raise Leaked, naming every survivor, if there is one, or GpuNotReleased, naming who holds what."""
+        if self.survivors or any(outcome.how == "unkillable" for outcome in self.outcomes):
+            self._raise_survivors()
+        held = [
+            f"  {outcome.name!r}: {device}"
+            for outcome in self.outcomes
+            for device in outcome.gpu
+            if device.verdict == "held"
+        ]
+        if held:
+            raise GpuNotReleased("GPU memory of stopped servers did not come back:\n" + "\n".join(held))
+
+    def _raise_survivors(self) -> None:
         lines = [str(outcome) for outcome in self.outcomes if outcome.how == "unkillable"]
         lines += [f"  {survivor}" for survivor in self.survivors]
         raise Leaked("processes survived SIGKILL:\n" + "\n".join(lines))
@@ -86,7 +168,14 @@ class StopReport:
 def outcome_of(wire: messages.Outcome) -> ServerOutcome:
     """Make the public outcome from the watchdog's."""
     survivors = tuple(Survivor(*survivor) for survivor in wire.survivors)
-    return ServerOutcome(wire.name, wire.pid, wire.how, wire.returncode, wire.seconds, survivors, wire.reason)
+    end = (wire.how, wire.returncode, wire.seconds, survivors, wire.reason)
+    return ServerOutcome(wire.name, wire.pid, *end, tuple(map(_release_of, wire.gpu)))
+
+
+def _release_of(wire: lease_messages.DeviceRelease) -> DeviceRelease:
+    own = tuple(GpuProcess(*process) for process in wire.own)
+    foreign = tuple(GpuProcess(*process) for process in wire.foreign)
+    return DeviceRelease(**{**wire.as_dict(), "own": own, "foreign": foreign})
 
 
 def report_of(wire: messages.Stopped) -> StopReport:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from harness import session
+from harness.errors import GpuNotReleased, Leaked
 from harness.fixtures import server_group, watchdog
 from harness.session import end_test
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from pluggy import Result
 
 __all__ = ["server_group", "watchdog"]
+
+# The test has failed for what its servers left behind: it is not said again.
+_HAS_LEAKED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,6 +45,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "harness_deadline_grace_s",
         "seconds between a test's deadline and the end of its process, if the test still runs (default: 30.0)",
     )
+    parser.addini("harness_gpu_wait_s", "seconds that a launch waits at most for its GPUs (default: 1800.0)")
+    parser.addini(
+        "harness_gpu_release_s",
+        "seconds that the GPU memory of a stopped server may take to come back (default: 60.0); then the test that"
+        " stopped it fails, and the device is given to nobody until the memory is back",
+    )
     parser.addini(
         "harness_crash_grace_s",
         "seconds between asking and killing each server when the test process has died (default: 5.0)",
@@ -54,7 +64,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "harness_deadline(seconds): take the test for hung after this time, its fixtures included (None: never)",
     )
-    session.check_deadlines(config)
+    config.addinivalue_line(
+        "markers",
+        "gpus(n): the fixture server_group leases n GPUs (or those in a list of UUIDs and indexes); the test is skipped"
+        " where this machine has too few",
+    )
+    session.check_times(config)
     if not _is_controller(config):
         session.keep_stderr(config)
         session.start(config)
@@ -82,6 +97,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Result[None], None
         raise watch.failure()
     with _phase(item):
         outcome = yield
+    if isinstance(outcome.exception, (GpuNotReleased, Leaked)):
+        item.stash[_HAS_LEAKED] = True
     if watch is not None and watch.is_unreported and outcome.exception is None:
         outcome.force_exception(watch.failure())
 
@@ -92,6 +109,9 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, Result[None], 
     with _phase(item):
         outcome = yield
     end_test(item.config)
+    leak = session.unreported_leak(item.config)
+    if leak is not None and outcome.exception is None and not item.stash.get(_HAS_LEAKED, False):
+        outcome.force_exception(leak)
     watch = session.watched_test(item.config)
     if watch is not None and watch.is_unreported and outcome.exception is None:
         outcome.force_exception(watch.failure())

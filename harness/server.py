@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from harness import logs, messages, procfs, signals, specs, templates, waiting
 from harness.errors import HarnessError, NotReady, SpecError
-from harness.outcomes import ServerOutcome, outcome_of
+from harness.outcomes import ServerOutcome, StopReport, outcome_of
 from harness.popen import ServerProcess
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Server:
         spec: specs.ServerSpec,
         *,
         log_path: Path,
+        devices: tuple[str, ...] = (),
     ) -> None:
         """Not for users: a server is made by launching it."""
         self._link = link
@@ -43,6 +44,7 @@ class Server:
         self.ready = spec.ready
         self.ready_timeout_s = spec.ready_timeout_s
         self.grace_s = spec.grace_s
+        self.gpus = devices
         self.host = templates.HOST
         self._pgid = self.pid if launched.keeper else _group_of(self.pid)
         self._status = _NO_STATUS
@@ -187,7 +189,7 @@ class Server:
 
     def _stop(self, stop: messages.Stop, limit_s: float) -> ServerOutcome:
         if not self.has_ended:
-            stopped = self._link.request(stop, messages.Stopped, timeout_s=limit_s)
+            stopped = self._link.request(stop, messages.Stopped, timeout_s=limit_s + self._link.memory_s)
             self.record(outcome_of(stopped.outcomes[0]))
         if self._outcome is None:
             raise HarnessError(f"{self.name!r} has no outcome")
@@ -234,8 +236,10 @@ class Server:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop the server."""
-        self.stop()
+        """Stop the server; raises Leaked or GpuNotReleased if something is left and the body raised nothing."""
+        outcome = self.stop()
+        if error is None:
+            StopReport((outcome,), outcome.seconds).raise_if_leaked()
 
 
 def _group_of(pid: int) -> int:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from harness.client import Watchdog
     from harness.hung_tests import TestWatch
+    from harness.server import Server
 
 _DEFAULT_CRASH_GRACE_S = 5.0
 _WATCHDOG = pytest.StashKey["Watchdog"]()
@@ -30,6 +31,8 @@ _FAILURE = pytest.StashKey[HarnessError]()
 _TESTS = pytest.StashKey["TestWatch"]()
 _STDERR = pytest.StashKey[int]()
 _CURRENT = pytest.StashKey[str]()
+_UNREPORTED = pytest.StashKey[list["Server"]]()
+_SEEN = pytest.StashKey[int]()
 # The key under which the controller tells its workers its pid.
 CONTROLLER = "harness_controller"
 
@@ -59,15 +62,13 @@ def _close(process: WatchdogProcess) -> None:
 
 def watchdog_of(config: pytest.Config) -> Watchdog:
     """Give this process's watchdog, which is forked now if the plugin has not done it; raises why it cannot run."""
-    from harness.client import Watchdog  # noqa: PLC0415 - see the top: most runs do without
-
     if _FORKED not in config.stash and _FAILURE not in config.stash:
         start(config)
     if _FAILURE in config.stash:
         raise config.stash[_FAILURE]
     if _WATCHDOG not in config.stash:
         process, run = config.stash[_FORKED]
-        watchdog = Watchdog(log_dir=_log_dir(config)).attach(process, run)
+        watchdog = _watchdog(config).attach(process, run)
         try:
             _watch_tests(config, watchdog, run)
         except HarnessError as error:
@@ -75,6 +76,36 @@ def watchdog_of(config: pytest.Config) -> Watchdog:
             raise
         config.stash[_WATCHDOG] = watchdog
     return config.stash[_WATCHDOG]
+
+
+def _watchdog(config: pytest.Config) -> Watchdog:
+    from harness.client import Watchdog  # noqa: PLC0415 - see the top
+    from harness.leasing import DEFAULT_RELEASE_S, DEFAULT_WAIT_S  # noqa: PLC0415 - see the top
+
+    return Watchdog(
+        log_dir=_log_dir(config),
+        gpu_wait_s=_seconds(config, "harness_gpu_wait_s", None) or DEFAULT_WAIT_S,
+        gpu_release_s=_seconds(config, "harness_gpu_release_s", None) or DEFAULT_RELEASE_S,
+    )
+
+
+def unreported_leak(config: pytest.Config) -> HarnessError | None:
+    """Give what says that a server's stop left processes or GPU memory behind, once for each server."""
+    if _WATCHDOG not in config.stash:
+        return None
+    from harness.outcomes import StopReport  # noqa: PLC0415 - see the top
+
+    # A server that has not been stopped is looked at again after the next test.
+    waiting = config.stash.setdefault(_UNREPORTED, [])
+    waiting += config.stash[_WATCHDOG].servers[config.stash.get(_SEEN, 0) :]
+    config.stash[_SEEN] = len(config.stash[_WATCHDOG].servers)
+    ended = [server.outcome for server in waiting if server.outcome is not None]
+    waiting[:] = [server for server in waiting if server.outcome is None]
+    try:
+        StopReport(tuple(ended), 0.0).raise_if_leaked()
+    except HarnessError as error:
+        return error
+    return None
 
 
 # ---- deadlines of tests
@@ -126,10 +157,11 @@ def _seconds(config: pytest.Config, name: str, given: object) -> float | None:
     return seconds
 
 
-def check_deadlines(config: pytest.Config) -> None:
-    """Raise pytest.UsageError if what was given on deadlines is no time."""
+def check_times(config: pytest.Config) -> None:
+    """Raise pytest.UsageError if a setting that is a time is none."""
     deadline_s(config)
-    _seconds(config, "harness_deadline_grace_s", None)
+    for name in ("harness_deadline_grace_s", "harness_gpu_wait_s", "harness_gpu_release_s"):
+        _seconds(config, name, None)
 
 
 def begin_test(item: pytest.Item) -> None:

@@ -26,6 +26,18 @@ LONGEST_S = 366 * 86400.0
 
 
 @dataclass(frozen=True)
+class GpuWish:
+    """Devices that are wanted: `count` of any, or these `devices` (UUIDs, or numbers among the visible ones).
+
+    `memory_mib` is the share of each that is enough, None for whole devices.
+    """
+
+    count: int
+    devices: tuple[str, ...] = ()
+    memory_mib: int | None = None
+
+
+@dataclass(frozen=True)
 class ServerSpec:
     """A server as it was asked for, checked."""
 
@@ -40,6 +52,7 @@ class ServerSpec:
     ask: str = "root"
     ports: tuple[str, ...] = ()
     deadline_s: float | None = None
+    gpus: GpuWish | None = None
 
 
 class Environment(dict[str, _Value]):
@@ -180,15 +193,60 @@ def working_directory(value: StrPath | None) -> str:
 
 
 @_without_locals
-def check_tokens(spec: ServerSpec) -> None:
-    """Raise SpecError for a `{port:NAME}` whose name is not among the server's ports."""
+def check_tokens(spec: ServerSpec) -> ServerSpec:
+    """Give it back; raise SpecError for a `{port:NAME}` whose name is not among the server's ports."""
     for checked in (*spec.command, *(spec.environment[key] for key in spec.templated)):
         for unknown in templates.unknown_ports(checked, spec.ports):
             raise SpecError(f"{{port:{unknown}}} is not among ports={list(spec.ports)}")
+    return spec
 
 
-def not_yet(**given: object) -> None:
-    """Raise SpecError for an argument of the contract that this version does not carry out."""
-    for argument, value in given.items():
-        if value is not None:
-            raise SpecError(f"{argument}= is not available in this version")
+def gpus(value: object, memory_mib: object = None, changes: Mapping[str, str | None] | None = None) -> GpuWish | None:
+    """Check which GPUs are wanted: a number of them, or a list of UUIDs and indexes; with a share alone, one."""
+    share = _share(memory_mib)
+    if value is None and share is None:
+        return None
+    check_devices_are_not_named(changes)
+    return GpuWish(1, (), share) if value is None else _wish(value, share)
+
+
+def _wish(value: object, share: int | None) -> GpuWish:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise SpecError(f"gpus must be at least 1, or None for none, not {value}")
+        return GpuWish(value, (), share)
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise SpecError(f"gpus must be a number or a list of UUIDs and indexes, not {type(value).__name__}")
+    devices = tuple(_device(device) for device in value)
+    if not devices:
+        raise SpecError("gpus is an empty list: give None for no GPU")
+    if len(set(devices)) != len(devices):
+        raise SpecError(f"gpus: a device is there twice: {', '.join(devices)}")
+    return GpuWish(len(devices), devices, share)
+
+
+def _device(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return str(value)
+    if isinstance(value, str) and value.startswith(("GPU-", "MIG-")):
+        return value
+    raise SpecError(f"gpus: a device is an index or a UUID that begins with GPU- or MIG-, not {value!r}")
+
+
+def _share(value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 40:
+        raise SpecError(f"gpu_memory_mib must be a whole number of MiB above 0, not {value!r}")
+    return value
+
+
+def with_devices(environment: Mapping[str, str], devices: Iterable[str]) -> Environment[str]:
+    """Give an environment in which CUDA sees exactly these devices (UUIDs), in this order."""
+    return Environment({**environment, "CUDA_VISIBLE_DEVICES": ",".join(devices), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
+
+
+def check_devices_are_not_named(changes: Mapping[str, str | None] | None) -> None:
+    """Raise SpecError if env names devices while a lease is to choose them."""
+    if "CUDA_VISIBLE_DEVICES" in (changes or {}):
+        raise SpecError("env must not set CUDA_VISIBLE_DEVICES together with gpus= or gpu_memory_mib=: the lease does")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, or one MIG instance of it, whose GPU's UUID is `parent` then. `index` is NVML's, in the order of the bus."""
+    """A GPU, or one MIG instance of it, whose GPU's UUID is `parent` then. `index` is NVML's: the order of the bus."""
 
     uuid: str
     index: int

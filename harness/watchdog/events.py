@@ -11,7 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-    from harness.messages import Adopt, BeginTest, Launch, Reply, Request, Survivor
+    from harness.messages import Adopt, BeginTest, BrokerOrder, BrokerReport, Launch, Reply, Request, Survivor
 
 # ---- events
 
@@ -82,6 +82,27 @@ class OrphansStuck(Record):
     survivors: list[Survivor]
 
 
+class KeeperForked(Record):
+    """The keeper of a server on a lease waits for the word to start the root."""
+
+    key: int
+    launch: Launch
+    keeper: int
+    start_time: int
+
+
+class BrokerSaid(Record):
+    """The broker reports on a lease or a tenant."""
+
+    report: BrokerReport
+
+
+class BrokerLost(Record):
+    """The broker has ended, or cannot be started."""
+
+    reason: str
+
+
 class ClientGone(Record):
     """The test process has ended, closed the Pipe, or the watchdog was told to end."""
 
@@ -107,6 +128,9 @@ Event: TypeAlias = (
     | KeeperLost
     | OrphansGone
     | OrphansStuck
+    | KeeperForked
+    | BrokerSaid
+    | BrokerLost
     | ClientGone
     | DebuggerSeen
     | Tick
@@ -120,6 +144,18 @@ class Spawn(Record):
 
     key: int
     launch: Launch
+
+
+class Go(Record):
+    """Have a keeper that waits start its root."""
+
+    key: int
+
+
+class TellBroker(Record):
+    """Send this to the broker, which is started if there is none."""
+
+    order: BrokerOrder
 
 
 class Take(Record):
@@ -198,6 +234,8 @@ class Leave(Record):
 
 Effect: TypeAlias = (
     Spawn
+    | Go
+    | TellBroker
     | Take
     | Ask
     | Kill

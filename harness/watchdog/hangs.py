@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+from harness.messages import BeginTest, Done, HoldTest, InterruptSeen, Overdue
 from harness.records import Record
 from harness.watchdog.events import EndClient, InterruptClient
 
@@ -16,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-    from harness.messages import BeginTest
+    from harness.messages import EndTest, Reply
 
 # How long an interrupted test process may take to say that a debugger is at work, before its servers are stopped.
 ANSWER_S = 1.0
@@ -65,6 +66,18 @@ class Hangs:
         self._left_s: float | None = None
         self._is_held = False
         self.deadline: float | None = None
+
+    def request(self, request: BeginTest | HoldTest | InterruptSeen | EndTest, now: float) -> Reply:
+        """Take what the client says of its test, and give the reply."""
+        if isinstance(request, BeginTest):
+            self.begin(request, now)
+        elif isinstance(request, HoldTest):
+            self.hold(now, is_held=request.is_held)
+        elif isinstance(request, InterruptSeen):
+            return Overdue(self.interrupt_seen(now, is_debugging=request.is_debugging))
+        else:
+            self.end()
+        return Done()
 
     def begin(self, test: BeginTest, now: float) -> None:
         """Begin to watch a test; the one before it has ended."""

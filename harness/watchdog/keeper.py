@@ -6,6 +6,7 @@ answering ECHILD is the kernel's own statement that nothing of the server surviv
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -131,6 +132,8 @@ class _Keeper:
 
     def _start(self) -> spawn.Root:
         try:
+            if self._launch.lease is not None:
+                self._wait_for_go()
             log = spawn.open_log(self._launch.log_path)
             root = spawn.fork_root(self._launch, log, self._entry, self._log)
         except OSError as error:
@@ -142,6 +145,12 @@ class _Keeper:
         os.close(log)
         self._watch(root.failure_pipe, self._see_start)
         return root
+
+    def _wait_for_go(self) -> None:
+        # Once the store of leases names this keeper its devices are given to nobody else, whatever is killed then.
+        data = self._control.recv(_MESSAGE_BYTES)
+        if not (data and isinstance(messages.unpack(data), messages.GoOrder)):
+            raise OSError(errno.ECANCELED, "start it: it was stopped before its lease was recorded")
 
     def _watch_watchdog(self, watchdog: int) -> None:
         try:

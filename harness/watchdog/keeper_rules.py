@@ -7,9 +7,9 @@ Whatever happens the keeper ends only when the kernel says that it has no child 
 from __future__ import annotations
 
 from harness.messages import (
+    AskOrder,
     KillBegun,
     KillOrder,
-    Order,
     Report,
     RootExit,
     RootFailed,
@@ -37,7 +37,7 @@ TOP_PAUSE_S = 0.05
 class Ordered(Record):
     """The watchdog gave an order."""
 
-    order: Order
+    order: AskOrder | KillOrder
 
 
 class RootUp(Record):
@@ -152,7 +152,7 @@ class KeeperRules:
             effects = self._on_tick(now)
         return effects
 
-    def _on_order(self, order: Order, now: float) -> list[Effect]:
+    def _on_order(self, order: AskOrder | KillOrder, now: float) -> list[Effect]:
         if isinstance(order, KillOrder):
             return [Tell(KillBegun()), *self._kill(now)]
         self._root_is_asked = self._root_is_asked or order.root_asked

@@ -13,18 +13,18 @@ class Log:
 
     def __init__(self, path: str) -> None:
         """Take the path."""
-        self._path = path
+        self.path = path
         self._descriptor: int | None = None
 
     def reopened(self) -> Log:
         """Give a log of the same file for a forked child, which has closed this one's descriptor."""
-        return Log(self._path)
+        return Log(self.path)
 
     def write(self, text: str) -> None:
         """Append a line; a full disk or a missing directory must not disturb the watchdog."""
         try:
             if self._descriptor is None:
-                self._descriptor = private.open_file(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                self._descriptor = private.open_file(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             now = time.strftime("%Y-%m-%dT%H:%M:%S")
             os.write(self._descriptor, f"{now} [{os.getpid()}] {text}\n".encode(errors="replace"))
         except OSError:

@@ -10,10 +10,12 @@ import select
 import signal
 import time
 
-from harness import messages
+from harness import messages, procfs
 from harness.frames import FrameError
+from harness.lease_messages import EndLease, Lease, WaitLease
 from harness.watchdog import events, limits
 from harness.watchdog.adopting import Adopting
+from harness.watchdog.brokering import Brokering
 from harness.watchdog.orphans import Orphans
 from harness.watchdog.supervisor import Supervisor
 
@@ -40,6 +42,9 @@ _REQUESTS = (
     messages.HoldTest,
     messages.InterruptSeen,
     messages.EndTest,
+    Lease,
+    WaitLease,
+    EndLease,
 )
 
 
@@ -76,13 +81,19 @@ class Loop:
         self._kept: dict[int, Kept] = {}
         self._keepers: dict[int, Kept] = {}
         self._roots: dict[int, Kept] = {}
-        self._orphans = Orphans(lambda: frozenset(self._keepers))
         self._adopting = Adopting(self._watch, self._forget, self._tell)
+        self._brokering = Brokering(self._watch, self._forget, self._tell, log=log.path)
+        self._orphans = Orphans(lambda: self._brokering.pids | frozenset(self._keepers))
         self._epoll = select.epoll()
         self._sources: dict[int, Callable[[], None]] = {}
         self._is_told_to_end = False
-        self._effects: dict[type[events.Effect], Callable[..., None]] = {
+        self._effects = self._acts()
+
+    def _acts(self) -> dict[type[events.Effect], Callable[..., None]]:
+        return {
             events.Spawn: self._spawn,
+            events.Go: self._go,
+            events.TellBroker: lambda effect: self._brokering.send(effect.order),
             events.Take: self._take,
             events.Ask: self._ask,
             events.Kill: self._kill,
@@ -206,7 +217,7 @@ class Loop:
             keeper = self._keepers.pop(pid, None)
             if keeper is not None:
                 self._keeper_ended(keeper)
-            else:
+            elif not self._brokering.reaped(pid):
                 self._orphan_ended(pid, os.waitstatus_to_exitcode(status))
 
     def _keeper_ended(self, kept: Kept) -> None:
@@ -279,6 +290,14 @@ class Loop:
             self._watch(kept.control.fileno(), lambda: self._read_keeper(kept))
         except OSError:
             kept.end_keeper()  # unheard it is of no use; its end is seen, and its tree swept
+        if effect.launch.lease is not None:
+            found = procfs.stat(kept.pid)
+            start_time = found.start_time if found is not None else 0
+            self._tell(events.KeeperForked(kept.key, effect.launch, kept.pid, start_time))
+
+    def _go(self, effect: events.Go) -> None:
+        if effect.key in self._kept:
+            self._kept[effect.key].order(messages.GoOrder())
 
     def _take(self, effect: events.Take) -> None:
         try:
@@ -344,6 +363,7 @@ class Loop:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # it is being done
         # The Pipe holds some 280 replies; where more threads wait, the last one is Close's.
         self._pipe.finish(_LAST_REPLIES_S)
+        self._brokering.end()
         if self._ledger is not None:
             self._ledger.close()
         self._log.write("all servers have been stopped: leaving")

@@ -6,32 +6,15 @@ a request is decided here, exactly once for each.
 
 from __future__ import annotations
 
-from harness.messages import (
-    Adopt,
-    BeginTest,
-    Close,
-    Done,
-    EndTest,
-    Failed,
-    HoldTest,
-    InterruptSeen,
-    Launch,
-    Launched,
-    Overdue,
-    Reply,
-    Request,
-    SendSignal,
-    Status,
-    Stop,
-    Stopped,
-    Survivor,
-    Wait,
-)
+from harness import messages
+from harness.lease_messages import DeviceRelease, EndLease, Lease, LeaseStatus, Released, WaitLease
 from harness.watchdog import events
 from harness.watchdog.deadlines import Deadlines
 from harness.watchdog.hangs import Hangs, StopServers
+from harness.watchdog.leases import Leases
+from harness.watchdog.pending import Pending, Stopping, Waiting
 from harness.watchdog.phases import Phase, Sign, after
-from harness.watchdog.tracked import Stopping, Tracked, Waiting
+from harness.watchdog.tracked import Tracked
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,8 +29,7 @@ LAUNCH_LIMIT_S = 10.0
 KILL_LIMIT_S = 5.0
 # The root of a lost keeper is dead. What it left has a short grace: nobody would sweep it if the watchdog died as well.
 LOST_GRACE_S = 1.0
-# Each thread of a client waits for one reply; a client that asks without waiting must not fill the memory.
-MOST_UNANSWERED = 1024
+_IS_STOPPING = "the watchdog is stopping: it starts nothing more"
 # SIGRTMAX, signal(7).
 _LAST_SIGNAL = 64
 
@@ -62,9 +44,9 @@ class Supervisor:
         self._living = 0
         self._deadlines = Deadlines()
         self._overdue = Deadlines()  # of the servers themselves, from their launch
-        self._stoppings: list[Stopping] = []
-        self._waitings: list[Waiting] = []
+        self._pending = Pending()
         self._hangs = Hangs()
+        self._leases = Leases()
         self._client_is_gone = False
         self._is_closing = False
         self._effects: list[Effect] = []
@@ -78,6 +60,8 @@ class Supervisor:
             self._on_client_gone(event.reason, now)
         elif isinstance(event, (events.OrphansGone, events.OrphansStuck)):
             self._on_orphans(event, now)
+        elif isinstance(event, (events.KeeperForked, events.BrokerSaid, events.BrokerLost)):
+            self._on_broker_event(event, now)
         elif isinstance(event, events.DebuggerSeen):
             self._hangs.debugger_seen(now)
         elif isinstance(event, events.Tick):
@@ -89,11 +73,9 @@ class Supervisor:
 
     def next_deadline(self) -> float | None:
         """Give the time of the next Tick that is needed, or None."""
-        times = [waiting.deadline for waiting in self._waitings]
-        times += [
-            time for time in (self._deadlines.next(), self._overdue.next(), self._hangs.deadline) if time is not None
-        ]
-        return min(times, default=None)
+        others = (self._deadlines.next(), self._overdue.next(), self._hangs.deadline, self._leases.next_deadline())
+        times = [time for time in others if time is not None]
+        return min([*self._pending.deadlines(), *times], default=None)
 
     def hang_is_due(self, now: float) -> bool:
         """Say whether the next Tick does something about a test that hangs: not while somebody debugs it."""
@@ -101,31 +83,40 @@ class Supervisor:
 
     # ---- requests
 
-    def _on_request(self, request_id: int, request: Request, now: float) -> None:
-        if isinstance(request, (Launch, Adopt)):
+    def _on_request(self, request_id: int, request: messages.Request, now: float) -> None:
+        if isinstance(request, (messages.Launch, messages.Adopt)):
             self._on_launch(request_id, request, now)
-        elif isinstance(request, Close):
+        elif isinstance(request, messages.Close):
             self._is_closing = True
             self._hangs.end()
+            self._effects += self._leases.close()
             self._stop(request_id, list(self._servers), None, now, leave=True, kill=False)
-        elif isinstance(request, (BeginTest, HoldTest, InterruptSeen, EndTest)):
-            self._on_test(request_id, request, now)
+        elif isinstance(request, (messages.BeginTest, messages.HoldTest, messages.InterruptSeen, messages.EndTest)):
+            self._answer(request_id, self._hangs.request(request, now))
+        elif isinstance(request, Lease) and (self._is_closing or self._client_is_gone):
+            self._fail(request_id, "HarnessError", _IS_STOPPING)
+        elif isinstance(request, (Lease, WaitLease, EndLease)):
+            self._effects += self._leases.request(request_id, request, now)
         else:
             self._on_server_request(request_id, request, now)
 
-    def _on_launch(self, request_id: int, request: Launch | Adopt, now: float) -> None:
+    def _on_launch(self, request_id: int, request: messages.Launch | messages.Adopt, now: float) -> None:
         if self._is_closing or self._client_is_gone:
-            self._answer(request_id, Failed("HarnessError", "the watchdog is stopping: it starts nothing more"))
+            self._fail(request_id, "HarnessError", _IS_STOPPING)
+            return
+        refusal = self._leases.refusal(request) if isinstance(request, messages.Launch) else ""
+        if refusal:
+            self._fail(request_id, "GpuUnavailable", refusal)
             return
         # The client chose the number, so it can stop a server whose launch it did not see the end of.
         key = request_id
         if key in self._servers:
-            self._answer(request_id, Failed("HarnessError", f"there is a server number {key} already"))
+            self._fail(request_id, "HarnessError", f"there is a server number {key} already")
             return
         server = self._servers[key] = Tracked(key, request.name, request.grace_s, self._deadlines)
         self._living += 1
         self._hangs.launched(key)
-        if isinstance(request, Launch):
+        if isinstance(request, messages.Launch):
             server.deadline = now + LAUNCH_LIMIT_S
             if request.deadline_s is not None:
                 server.deadline_s = request.deadline_s
@@ -134,35 +125,35 @@ class Supervisor:
         else:
             self._effects.append(events.Take(key, request))
 
-    def _on_server_request(self, request_id: int, request: Stop | SendSignal | Wait | Status, now: float) -> None:
-        keys = request.keys if isinstance(request, Stop) else [request.key]
+    def _on_server_request(
+        self,
+        request_id: int,
+        request: messages.Stop | messages.SendSignal | messages.Wait | messages.Status,
+        now: float,
+    ) -> None:
+        keys = request.keys if isinstance(request, messages.Stop) else [request.key]
         unknown = [key for key in keys if key not in self._servers]
         if unknown:
-            self._answer(request_id, Failed("SpecError", f"this watchdog has no server number {unknown[0]}"))
-        elif self._has_too_many(request):
-            self._answer(request_id, Failed("HarnessError", f"{MOST_UNANSWERED} requests wait for their replies"))
-        elif isinstance(request, Stop):
+            self._fail(request_id, "SpecError", f"this watchdog has no server number {unknown[0]}")
+        elif self._pending.is_full_for(request):
+            self._fail(request_id, "HarnessError", "too many requests wait for their replies")
+        elif isinstance(request, messages.Stop):
             self._stop(request_id, keys, request.grace_s, now, leave=False, kill=request.kill)
-        elif isinstance(request, SendSignal):
+        elif isinstance(request, messages.SendSignal):
             self._send_signal(request_id, self._servers[request.key], request.signal)
-        elif isinstance(request, Wait):
+        elif isinstance(request, messages.Wait):
             server = self._servers[request.key]
-            self._waitings.append(Waiting(request_id, server, request.until, now + request.timeout_s))
+            self._pending.add(Waiting(request_id, server, request.until, now + request.timeout_s))
         else:
             self._answer(request_id, self._servers[request.key].status())
 
-    def _has_too_many(self, request: Stop | SendSignal | Wait | Status) -> bool:
-        if isinstance(request, Wait):
-            return len(self._waitings) >= MOST_UNANSWERED
-        return isinstance(request, Stop) and len(self._stoppings) >= MOST_UNANSWERED
-
     def _send_signal(self, request_id: int, server: Tracked, signal: int) -> None:
         if not 0 < signal <= _LAST_SIGNAL:
-            self._answer(request_id, Failed("SpecError", f"{signal} is not a signal"))
+            self._fail(request_id, "SpecError", f"{signal} is not a signal")
             return
         if not server.root_exited and server.phase not in {Phase.LAUNCHING, Phase.GONE}:
             self._effects.append(events.Signal(server.key, signal))
-        self._answer(request_id, Done())
+        self._answer(request_id, messages.Done())
 
     # ---- stopping
 
@@ -170,7 +161,7 @@ class Supervisor:
         self, request_id: int, keys: list[int], grace_s: float | None, now: float, *, leave: bool, kill: bool
     ) -> None:
         stopping = Stopping(request_id, {key: self._servers[key] for key in keys}, now, leave=leave)
-        self._stoppings.append(stopping)
+        self._pending.add(stopping)
         servers = list(stopping.servers.values())
         if kill:
             self._kill(servers, now)
@@ -190,6 +181,7 @@ class Supervisor:
                 self._shorten(server, now + (server.grace_s if grace_s is None else grace_s))
         if asked:
             self._effects.append(events.Ask(asked))
+            self._effects += self._leases.asked(asked)
 
     def _shorten(self, server: Tracked, deadline: float) -> None:
         if self._client_is_gone:
@@ -206,6 +198,7 @@ class Supervisor:
             server.deadline = now + KEEPER_ANSWER_S
         if killed:
             self._effects.append(events.Kill([server.key for server in killed]))
+            self._effects += self._leases.asked([server.key for server in killed])
 
     def _on_client_gone(self, reason: str, now: float) -> None:
         if self._client_is_gone:
@@ -213,21 +206,10 @@ class Supervisor:
         self._client_is_gone = True
         self._hangs.end()
         self._log(f"{reason}: stopping {self._living} servers")
+        self._effects += self._leases.close()
         self._ask(list(self._servers.values()), None, now)
 
     # ---- tests
-
-    def _on_test(self, request_id: int, request: BeginTest | HoldTest | InterruptSeen | EndTest, now: float) -> None:
-        reply: Reply = Done()
-        if isinstance(request, BeginTest):
-            self._hangs.begin(request, now)
-        elif isinstance(request, HoldTest):
-            self._hangs.hold(now, is_held=request.is_held)
-        elif isinstance(request, InterruptSeen):
-            reply = Overdue(self._hangs.interrupt_seen(now, is_debugging=request.is_debugging))
-        else:
-            self._hangs.end()
-        self._answer(request_id, reply)
 
     def _stop_overdue(self, now: float) -> None:
         for server in [self._servers[key] for key in self._overdue.take(now)]:
@@ -261,6 +243,7 @@ class Supervisor:
             server.root_exited = True
             server.returncode = event.returncode
             self._move(server, Sign.EXITED)
+            self._effects += self._leases.asked([server.key])
         elif isinstance(event, events.TreeGone):
             self._end(server, Sign.EMPTY, now)
         elif isinstance(event, events.KillSeen):
@@ -275,7 +258,9 @@ class Supervisor:
         if self._move(server, Sign.STARTED):
             server.deadline = None
         if server.launch_id is not None:
-            self._answer(server.launch_id, Launched(server.key, event.pid, event.start_time, event.keeper, event.ports))
+            self._answer(
+                server.launch_id, messages.Launched(server.key, event.pid, event.start_time, event.keeper, event.ports)
+            )
             server.launch_id = None
 
     def _on_launch_failed(self, server: Tracked, message: str, now: float) -> None:
@@ -284,7 +269,7 @@ class Supervisor:
 
     def _fail_launch(self, server: Tracked, message: str) -> None:
         if server.launch_id is not None:
-            self._answer(server.launch_id, Failed("LaunchFailed", message))
+            self._fail(server.launch_id, "LaunchFailed", message)
             server.launch_id = None
 
     def _on_kill_seen(self, server: Tracked, now: float) -> None:
@@ -312,7 +297,7 @@ class Supervisor:
             else:
                 self._end(server, Sign.EMPTY, now)
 
-    def _end(self, server: Tracked, sign: Sign, now: float, survivors: list[Survivor] | None = None) -> None:
+    def _end(self, server: Tracked, sign: Sign, now: float, survivors: list[messages.Survivor] | None = None) -> None:
         if not self._move(server, sign):
             return
         server.survivors = survivors or []
@@ -322,9 +307,39 @@ class Supervisor:
             server.survivors = []
             self._effects.append(events.Release(server.key))
             self._fail_launch(server, f"{server.name!r} ended before its program was executed")
+        self._effects += self._leases.gone(server.key, now, is_stuck=server.phase is Phase.UNKILLABLE)
+
+    # ---- the memory of devices
+
+    def _on_broker_event(self, event: events.KeeperForked | events.BrokerSaid | events.BrokerLost, now: float) -> None:
+        if isinstance(event, events.KeeperForked):
+            self._effects += self._leases.forked(event.key, event.launch, event.keeper, event.start_time)
+            self._count(self._servers[event.key], owes_memory=True)
+        elif isinstance(event, events.BrokerLost):
+            lost, effects = self._leases.broker_lost(event.reason, now)
+            self._effects += [*effects, events.Log(event.reason)]
+            self._release(lost, now)
+        elif isinstance(event.report, LeaseStatus):
+            self._effects += self._leases.told(event.report, now)
+        elif isinstance(event.report, Released):
+            self._release({event.report.key: event.report.devices}, now)
+        elif self._leases.is_tenant(event.report.key):
+            self._effects.append(events.Go(event.report.key))
+
+    def _release(self, released: dict[int, list[DeviceRelease]], now: float) -> None:
+        for server in [self._servers[key] for key in released if self._leases.released(key)]:
+            server.gpu = released[server.key]
+            self._count(server, owes_memory=False)
+            if server.phase is Phase.LAUNCHING:
+                # Its keeper waits for the broker's word, and would wait for good.
+                self._fail_launch(server, f"{server.name!r}: its lease could not be recorded: {server.gpu[0].note}")
+                self._kill([server], now)
 
     def _on_tick(self, now: float) -> None:
         self._stop_overdue(now)
+        unjudged, effects = self._leases.due(now)
+        self._effects += effects
+        self._release(unjudged, now)
         due = [self._servers[key] for key in self._deadlines.take(now)]
         for server in due:
             if server.phase is Phase.LAUNCHING:
@@ -348,15 +363,9 @@ class Supervisor:
     # ---- after every event
 
     def _settle(self, now: float) -> None:
-        for waiting in [w for w in self._waitings if w.is_reached or w.deadline <= now]:
-            self._waitings.remove(waiting)
-            self._answer(waiting.request_id, waiting.server.status())
-        is_leaving = False
-        for stopping in [s for s in self._stoppings if not s.living]:
-            self._stoppings.remove(stopping)
-            outcomes = [server.outcome() for server in stopping.servers.values()]
-            self._answer(stopping.request_id, Stopped(outcomes, now - stopping.began))
-            is_leaving = is_leaving or stopping.leave
+        replies, is_leaving = self._pending.take(now)
+        for request_id, reply in replies:
+            self._answer(request_id, reply)
         if is_leaving or (self._client_is_gone and not self._living):
             for server in self._servers.values():
                 self._fail_launch(server, f"{server.name!r} could not be killed while it was launching")
@@ -365,17 +374,24 @@ class Supervisor:
     def _move(self, server: Tracked, sign: Sign) -> bool:
         phase = after(server.phase, sign)
         has_moved = phase is not server.phase
-        ended = phase.is_over - server.phase.is_over  # -1: it was unkillable, and its keeper is lost
-        server.phase = phase
         if not phase.is_up:
             self._overdue.set(server.key, None)
-        if ended:
-            self._living -= ended
-            for stopping in self._stoppings:
-                stopping.living -= ended if server.key in stopping.servers else 0
+        self._count(server, phase=phase)
         return has_moved
 
-    def _answer(self, request_id: int, reply: Reply) -> None:
+    def _count(self, server: Tracked, *, phase: Phase | None = None, owes_memory: bool | None = None) -> None:
+        # Who lives is counted, and not looked for: an event must not cost more where there are more servers.
+        was_gone, was_over = server.phase.is_over, server.is_over
+        server.phase = server.phase if phase is None else phase
+        server.owes_memory = server.owes_memory if owes_memory is None else owes_memory
+        self._living -= server.phase.is_over - was_gone  # -1: it was unkillable, and its keeper is lost
+        if server.is_over != was_over:
+            self._pending.count(server.key, server.is_over - was_over)
+
+    def _fail(self, request_id: int, error: str, message: str) -> None:
+        self._answer(request_id, messages.Failed(error, message))
+
+    def _answer(self, request_id: int, reply: messages.Reply) -> None:
         self._effects.append(events.Answer(request_id, reply))
 
     def _log(self, text: str) -> None:

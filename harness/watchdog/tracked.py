@@ -1,4 +1,4 @@
-"""What the supervisor keeps of each server, and of each request that it has not answered yet. Pure."""
+"""What the supervisor keeps of each server. Pure."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from harness.watchdog.phases import Phase
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from harness.lease_messages import DeviceRelease
     from harness.messages import Survivor
     from harness.watchdog.deadlines import Deadlines
 
@@ -33,6 +34,8 @@ class Tracked:
         self.keeper_is_lost = False
         self.keeper_was_killed = False
         self.survivors: list[Survivor] = []
+        self.gpu: list[DeviceRelease] = []
+        self.owes_memory = False
         self._deadlines = deadlines
 
     @property
@@ -44,13 +47,18 @@ class Tracked:
     def deadline(self, deadline: float | None) -> None:
         self._deadlines.set(self.key, deadline)
 
+    @property
+    def is_over(self) -> bool:
+        """Say whether a stop has nothing more to wait for: no process, and no word on its devices' memory."""
+        return self.phase.is_over and not self.owes_memory
+
     def outcome(self) -> Outcome:
         """Give how it ended."""
         seconds = 0.0
         if self.stop_began is not None and self.stop_ended is not None:
             seconds = self.stop_ended - self.stop_began
-        how = self._how()
-        return Outcome(self.key, self.name, self.pid, how, self.returncode, seconds, self.survivors, self.reason)
+        end = (self._how(), self.returncode, seconds, self.survivors, self.reason, self.gpu)
+        return Outcome(self.key, self.name, self.pid, *end)
 
     def _how(self) -> str:
         if self.phase is Phase.UNKILLABLE:
@@ -62,31 +70,3 @@ class Tracked:
     def status(self) -> ServerStatus:
         """Give how it is."""
         return ServerStatus(self.key, self.phase.value, self.root_exited, self.returncode, self.reason)
-
-
-class Stopping:
-    """A Stop or Close that has not been answered yet."""
-
-    def __init__(self, request_id: int, servers: dict[int, Tracked], began: float, *, leave: bool) -> None:
-        """Begin at the monotonic time `began`; `leave`: the watchdog ends with it."""
-        self.request_id = request_id
-        self.servers = servers
-        self.began = began
-        self.leave = leave
-        self.living = sum(not server.phase.is_over for server in servers.values())
-
-
-class Waiting:
-    """A Wait that has not been answered yet."""
-
-    def __init__(self, request_id: int, server: Tracked, until: str, deadline: float) -> None:
-        """Wait until "exit" or "gone", or until the monotonic time `deadline`."""
-        self.request_id = request_id
-        self.server = server
-        self.until = until
-        self.deadline = deadline
-
-    @property
-    def is_reached(self) -> bool:
-        """Say whether what is waited for has happened."""
-        return self.server.phase.is_over or (self.until == "exit" and self.server.root_exited)

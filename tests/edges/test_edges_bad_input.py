@@ -59,8 +59,18 @@ WRONG: list[tuple[object, dict[str, Any], str]] = [
     (["sleep"], {"ports": ["a", "a"]}, "a port's name is there twice"),
     (["sleep"], {"ports": ["a{b}"]}, "must not hold braces or colons"),
     (["sleep"], {"ports": [""]}, "a port's name is empty"),
-    (["sleep"], {"gpus": 1}, "gpus= is not available"),
-    (["sleep"], {"gpu_memory_mib": 1000}, "gpu_memory_mib= is not available"),
+    (["sleep"], {"gpus": 0}, "gpus must be at least 1"),
+    (["sleep"], {"gpus": True}, "gpus must be a number or a list"),
+    (["sleep"], {"gpus": 1.0}, "gpus must be a number or a list"),
+    (["sleep"], {"gpus": "GPU-1"}, "gpus must be a number or a list"),
+    (["sleep"], {"gpus": []}, "gpus is an empty list"),
+    (["sleep"], {"gpus": [-1]}, "a device is an index or a UUID"),
+    (["sleep"], {"gpus": ["0"]}, "a device is an index or a UUID"),
+    (["sleep"], {"gpus": [0, 0]}, "a device is there twice"),
+    (["sleep"], {"gpu_memory_mib": 0}, "gpu_memory_mib must be a whole number"),
+    (["sleep"], {"gpu_memory_mib": 1.5}, "gpu_memory_mib must be a whole number"),
+    (["sleep"], {"gpu_memory_mib": True}, "gpu_memory_mib must be a whole number"),
+    (["sleep"], {"gpus": 1, "env": {"CUDA_VISIBLE_DEVICES": "0"}}, "env must not set CUDA_VISIBLE_DEVICES"),
     (["sleep"], {"deadline_s": 0}, "deadline_s must be more than 0 seconds"),
 ]
 
@@ -145,6 +155,8 @@ def test_a_log_directory_that_cannot_be_made(tmp_path: Path) -> None:
         (lambda: harness.Watchdog(state_dir=""), "state_dir is empty"),
         (lambda: harness.Watchdog(log_dir=3), "log_dir must be a string, not int"),  # type: ignore[arg-type]
         (lambda: harness.Watchdog(crash_grace_s=0), "crash_grace_s must be more than 0 seconds"),
+        (lambda: harness.Watchdog(gpu_wait_s=0), "gpu_wait_s must be more than 0 seconds"),
+        (lambda: harness.Watchdog(gpu_release_s=-1), "gpu_release_s must be more than 0 seconds"),
     ],
 )
 def test_wrong_options(call: Callable[[], object], reason: str) -> None:
@@ -162,8 +174,10 @@ def test_wrong_times(watchdog: harness.Watchdog) -> None:
     for wrong in (0, -1.0, "5"):
         with pytest.raises(harness.SpecError, match="grace_s must be"):
             server.stop(grace_s=wrong)  # type: ignore[arg-type]
-    with pytest.raises(harness.SpecError, match="gpus= is not available"):
-        watchdog.group(gpus=2)
+    with pytest.raises(harness.SpecError, match="gpus must be at least 1"):
+        watchdog.group(gpus=0)
+    with pytest.raises(harness.SpecError, match="was made without gpus="):
+        watchdog.group().lease_gpus()
     assert server.state == "running"
 
 

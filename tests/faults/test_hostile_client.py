@@ -20,7 +20,7 @@ from processes import wait_for
 from harness import frames, messages, procfs
 from harness.forking import WatchdogProcess
 from harness.messages import Failed, Launch, Launched, ServerStatus, Status, Stop, Stopped
-from harness.watchdog.supervisor import MOST_UNANSWERED
+from harness.watchdog.pending import MOST_UNANSWERED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +43,7 @@ class RawClient:
         self._replies: list[tuple[int, messages.Message]] = []
         command = [sys.executable, "-I", "-S", str(TREE_SERVER), str(directory), "--ignore"]
         log = directory / "server.log"
-        launch = Launch("a", command, {}, [], "/", [], str(log), str(directory), "root", 0.5, None)
+        launch = Launch("a", command, {}, [], "/", [], str(log), str(directory), "root", 0.5, None, None, [])
         launched = self.ask(KEY, messages.encode(launch))
         assert isinstance(launched, Launched)
         wait_for(lambda: log.exists() and b"ready" in log.read_bytes(), TIMEOUT_S, "the server is ready")
@@ -99,7 +99,7 @@ def wire(kind: object, /, **fields: object) -> bytes:
 
 
 def launch_with(**wrong: object) -> bytes:
-    right = Launch("b", ["sleep", "1000"], {}, [], "/", [], os.devnull, "/", "root", 0.5, None).as_dict()
+    right = Launch("b", ["sleep", "1000"], {}, [], "/", [], os.devnull, "/", "root", 0.5, None, None, []).as_dict()
     return wire("Launch", **{**right, **wrong})
 
 

@@ -17,9 +17,15 @@ _START = 1000.0
 _Kind = TypeVar("_Kind")
 
 
-def launch_of(name: str = "a", grace_s: float = 15.0, deadline_s: float | None = None) -> Launch:
+def launch_of(
+    name: str = "a",
+    grace_s: float = 15.0,
+    deadline_s: float | None = None,
+    lease: int | None = None,
+    devices: list[str] | None = None,
+) -> Launch:
     """Give a request to launch a server."""
-    return Launch(name, ["program"], {}, [], "/", [], "/log", "/", "root", grace_s, deadline_s)
+    return Launch(name, ["program"], {}, [], "/", [], "/log", "/", "root", grace_s, deadline_s, lease, devices or [])
 
 
 def begin_of(deadline_s: float | None = 10.0, grace_s: float = 8.0) -> BeginTest:

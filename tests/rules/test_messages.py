@@ -9,10 +9,26 @@ from typing import Any, get_args
 
 import pytest
 
-from harness import messages
+from harness import lease_messages, messages
 from harness.messages import Message, MessageError, Outcome, Survivor, decode, encode
 
 STUCK = Survivor(7, "D", "nfs_wait", "program --json {}")
+PROCESSES = [lease_messages.GpuProcess(7, None, "vllm"), lease_messages.GpuProcess(8, 512, "")]
+HELD = lease_messages.DeviceRelease("GPU-1", 0, "held", 0, 900, None, PROCESSES, [], 60.0, None, "why")
+LEASE = lease_messages.Lease(
+    name="a",
+    test="test_a",
+    count=2,
+    devices=["0", "GPU-1"],
+    memory_mib=None,
+    visible=None,
+    order="PCI_BUS_ID",
+    wait_s=10.0,
+    release_s=60.0,
+    store="/s",
+    is_shared=False,
+    paths=["/p"],
+)
 EACH: list[Message] = [
     messages.Launch(
         name="na\udc80me {name} \U0001f600",
@@ -26,6 +42,8 @@ EACH: list[Message] = [
         ask="root",
         grace_s=1.5,
         deadline_s=60.0,
+        lease=9,
+        devices=["GPU-1"],
     ),
     messages.Adopt("a", 50, 7, 15.0),
     messages.Stop([1, 2], None, kill=False),
@@ -37,8 +55,8 @@ EACH: list[Message] = [
     messages.Failed("LaunchFailed", "no {port} \udc80"),
     messages.Stopped(
         [
-            Outcome(1, "a", 101, "unkillable", None, 0.1, [STUCK, STUCK], ""),
-            Outcome(2, "b", 102, "asked", -15, 1.0, [], ""),
+            Outcome(1, "a", 101, "unkillable", None, 0.1, [STUCK, STUCK], "", []),
+            Outcome(2, "b", 102, "asked", -15, 1.0, [], "", [HELD, HELD]),
         ],
         0.5,
     ),
@@ -46,7 +64,20 @@ EACH: list[Message] = [
     messages.ServerStatus(1, "gone", root_exited=True, returncode=-9, reason=""),
     messages.Done(),
     messages.AskOrder(root_asked=True),
+    messages.GoOrder(),
     messages.KillOrder(),
+    LEASE,
+    lease_messages.WaitLease(9, 0.5),
+    lease_messages.EndLease(9),
+    lease_messages.LeaseStatus(9, "granted", "", ["GPU-1"]),
+    lease_messages.LeaseOrder(9, LEASE),
+    lease_messages.EndLeaseOrder(9),
+    lease_messages.TenantOrder(1, 9, "a", 200, 77, ["GPU-1"]),
+    lease_messages.TenantAsked(1),
+    lease_messages.TenantGone(1, is_stuck=True),
+    lease_messages.ClientGoneOrder(),
+    lease_messages.TenantRecorded(1),
+    lease_messages.Released(1, [HELD, HELD]),
     messages.RootStarted(101),
     messages.RootFailed("no such program"),
     messages.KillBegun(),
@@ -70,8 +101,9 @@ def test_each_message_comes_back_as_it_was(message: Message) -> None:
 
 @pytest.mark.parametrize("message", EACH, ids=lambda message: type(message).__name__)
 def test_orders_and_reports_come_back_in_the_form_that_keepers_use(message: Message) -> None:
-    if isinstance(message, get_args(messages.Order) + get_args(messages.Report)):
-        unpacked = messages.unpack(messages.pack(message))
+    kinds = (messages.Order, messages.Report, messages.BrokerOrder, messages.BrokerReport)
+    if isinstance(message, tuple(kind for union in kinds for kind in get_args(union))):
+        unpacked = messages.unpack(messages.pack(message))  # type: ignore[arg-type]  # see the line above
         assert type(unpacked) is type(message)
         assert unpacked == message
 
@@ -123,9 +155,10 @@ def test_garbage_is_refused_without_a_word_of_it_in_the_error(garbage: bytes) ->
 
 RIGHT: dict[str, Any] = {
     **dict.fromkeys(["int", "float", "int | None", "float | None"], 5),
-    "str": "text",
+    **dict.fromkeys(["str", "str | None"], "text"),
     "bool": True,
-    **{name: [] for name in ("list[int]", "list[str]", "list[Survivor]", "list[Outcome]")},
+    "Lease": [*LEASE],
+    **{name: [] for name in ("list[int]", "list[str]", "list[Survivor]", "list[Outcome]", "list[DeviceRelease]")},
     **{name: {} for name in ("dict[str, int]", "dict[str, str]")},
 }
 NUMBERS = [math.nan, math.inf, -math.inf, 1e300, 1 << 64, -(1 << 64), 10**400]
@@ -140,6 +173,10 @@ WRONG: dict[str, list[object]] = {
     "list[str]": [None, "text", {}, [5], [["text"]], [None]],
     "list[Survivor]": [None, "text", {}, [5], [{}], [[1, 2, "", ""]], [[1, "D", ""]]],
     "list[Outcome]": [None, "text", {}, [5], [{}], [["1", "", 1, "", 1, 1.0, []]], [[1, "", 1, "", 1, 1.0, [5]]]],
+    "list[DeviceRelease]": [None, "text", {}, [5], [{}], [[1]], [[*list(HELD)[:6], [5], [], 1.0, None, ""]]],
+    "list[GpuProcess]": [None, "text", {}, [5], [{}], [["1", None, ""]]],
+    "Lease": [None, "text", {}, 5, [], ["a", 5]],
+    "str | None": [5, [], {}],
     "dict[str, int]": [None, 5, [], {"a": "5"}, {"a": None}, {"a": True}],
     "dict[str, str]": [None, 5, [], {"a": 5}, {"a": None}, ["a=b"]],
 }
@@ -149,7 +186,8 @@ WRONG: dict[str, list[object]] = {
 def test_a_field_of_another_type_is_refused(kind: type[Message]) -> None:
     types = kind.__annotations__
     right = {field: RIGHT[name] for field, name in types.items()}
-    assert decode(wire(kind.__name__, right)) == kind(**right)
+    expected: dict[str, Any] = {field: LEASE if name == "Lease" else right[field] for field, name in types.items()}
+    assert decode(wire(kind.__name__, right)) == kind(**expected)
     for field, name in types.items():
         for wrong in WRONG[name]:
             with pytest.raises(MessageError):
@@ -170,7 +208,7 @@ def test_a_launch_shows_no_environment() -> None:
 
 
 def test_a_message_that_cannot_be_encoded_is_not_shown_either() -> None:
-    launch = messages.Launch("a", ["true"], {"A": "secret", "B": 5j}, [], "/", [], "", "", "root", 1.0, None)  # type: ignore[dict-item]
+    launch = messages.Launch("a", ["true"], {"A": "secret", "B": 5j}, [], "/", [], "", "", "root", 1.0, None, None, [])  # type: ignore[dict-item]
     with pytest.raises(TypeError) as caught:
         encode(launch)
     frames = [entry.frame for entry in caught.traceback[1:]]

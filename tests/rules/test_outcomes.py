@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from harness import messages, signals
-from harness.errors import Leaked
-from harness.outcomes import ServerOutcome, StopReport, Survivor, report_of
+from harness import lease_messages, messages, signals
+from harness.errors import GpuNotReleased, Leaked
+from harness.outcomes import DeviceRelease, ServerOutcome, StopReport, Survivor, report_of
 
 WIRE = messages.Stopped(
     [
-        messages.Outcome(1, "a", 101, "asked", 0, 0.25, [], ""),
+        messages.Outcome(1, "a", 101, "asked", 0, 0.25, [], "", []),
         messages.Outcome(
             2,
             "b",
@@ -20,6 +20,7 @@ WIRE = messages.Stopped(
             5.0,
             [messages.Survivor(103, "D", "nfs_wait", "program x")],
             "its deadline of 5 s has passed",
+            [],
         ),
     ],
     5.5,
@@ -86,3 +87,52 @@ def test_what_is_not_known_of_a_survivor_is_a_question_mark() -> None:
 )
 def test_exit_codes_in_words(returncode: int | None, words: str) -> None:
     assert signals.describe(returncode) == words
+
+
+WIRE_ROW = lease_messages.DeviceRelease(
+    uuid="GPU-1",
+    index=0,
+    verdict="held",
+    baseline_mib=0,
+    peak_mib=900,
+    now_mib=512,
+    own=[lease_messages.GpuProcess(103, 512, "vllm serve")],
+    foreign=[lease_messages.GpuProcess(104, None, "")],
+    waited_s=60.0,
+    freed_at=None,
+    note="why",
+)
+FREED = lease_messages.DeviceRelease("GPU-2", 1, "freed", None, None, None, [], [], 0.1, 7.0, "")
+
+
+def stopped_with(*rows: lease_messages.DeviceRelease) -> StopReport:
+    return report_of(messages.Stopped([messages.Outcome(1, "a", 101, "asked", 0, 0.25, [], "", list(rows))], 60.0))
+
+
+def test_memory_that_is_held_is_a_leak_that_names_who_holds_what() -> None:
+    report = stopped_with(WIRE_ROW, FREED)
+    assert report.gpu is not None
+    assert (report.gpu.verdict, report.gpu.is_freed, report.is_clean) == ("held", False, False)
+    assert report.outcomes[0].gpu == report.gpu.devices
+    with pytest.raises(GpuNotReleased) as caught:
+        report.raise_if_leaked()
+    assert str(caught.value).splitlines()[1:] == [
+        "  'a': GPU 0 (GPU-1): held after 60.000 s, 512 MiB now, 0 MiB before, 900 MiB at most; why",
+        "    of the server: pid 103, 512 MiB: vllm serve",
+        "    of another, since: pid 104, ? MiB: ?",
+    ]
+
+
+def test_memory_that_is_back_or_unknown_is_no_leak() -> None:
+    unknown = WIRE_ROW.replaced(verdict="unknown")
+    for rows, verdict in (([FREED], "freed"), ([FREED, unknown], "unknown")):
+        report = stopped_with(*rows)
+        report.raise_if_leaked()
+        assert report.is_clean
+        assert report.gpu is not None
+        assert report.gpu.verdict == verdict
+    assert str(report_row(FREED)) == "GPU 1 (GPU-2): freed after 0.100 s, ? MiB now, ? MiB before, ? MiB at most"
+
+
+def report_row(row: lease_messages.DeviceRelease) -> DeviceRelease:
+    return stopped_with(row).outcomes[0].gpu[0]

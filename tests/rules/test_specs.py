@@ -166,9 +166,3 @@ def test_a_token_for_a_port_that_is_not_there_is_a_spec_error(place: str) -> Non
     with pytest.raises(SpecError, match=r"\{port:http\} is not among ports=\['metrics'\]"):
         specs.check_tokens(spec)
     specs.check_tokens(specs.ServerSpec(None, command, environment, ("A",), ports=("metrics", "http")))
-
-
-def test_what_this_version_cannot_do_is_refused() -> None:
-    specs.not_yet(gpus=None, deadline_s=None)
-    with pytest.raises(SpecError, match="gpus="):
-        specs.not_yet(deadline_s=None, gpus=2)

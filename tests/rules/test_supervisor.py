@@ -23,13 +23,13 @@ from harness.messages import (
     Wait,
 )
 from harness.watchdog import events
+from harness.watchdog.pending import MOST_UNANSWERED
 from harness.watchdog.phases import Phase
 from harness.watchdog.supervisor import (
     KEEPER_ANSWER_S,
     KILL_LIMIT_S,
     LAUNCH_LIMIT_S,
     LOST_GRACE_S,
-    MOST_UNANSWERED,
 )
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ def test_a_stop_while_launching_asks_and_both_requests_are_answered() -> None:
     driven.tell(events.RootExited(key, -15))
     driven.at(2.0).tell(events.TreeGone(key))
     assert isinstance(driven.reply(1), Launched)
-    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "asked", -15, 2.0, [], "")]
+    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "asked", -15, 2.0, [], "", [])]
 
 
 @pytest.mark.parametrize("kill", [False, True])
@@ -366,7 +366,7 @@ def test_a_server_that_ends_before_its_deadline_is_not_killed() -> None:
     driven.tell(events.RootExited(key, 0))
     driven.at(0.75).tell(events.TreeGone(key))
     assert driven.tick(1.0) == []
-    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "asked", 0, 0.75, [], "")]
+    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "asked", 0, 0.75, [], "", [])]
 
 
 def test_what_outlives_its_root_is_asked_and_killed_like_a_root() -> None:
@@ -384,7 +384,7 @@ def test_a_server_that_ended_by_itself_is_reported_as_exited() -> None:
     key = driven.running()
     driven.tell(events.RootExited(key, 3))
     driven.at(1.0).tell(events.TreeGone(key))
-    assert driven.stopped(driven.stop(key)).outcomes == [Outcome(key, "a", 101, "exited", 3, 0.0, [], "")]
+    assert driven.stopped(driven.stop(key)).outcomes == [Outcome(key, "a", 101, "exited", 3, 0.0, [], "", [])]
 
 
 def test_what_was_held_is_given_back_exactly_once() -> None:
@@ -550,11 +550,11 @@ def test_what_cannot_be_killed_ends_the_stop_and_is_watched_on() -> None:
     driven.tick(1.0)
     driven.tell(events.KillSeen(key))
     driven.at(6.0).tell(events.TreeStuck(key, [STUCK]))
-    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "unkillable", None, 6.0, [STUCK], "")]
+    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "unkillable", None, 6.0, [STUCK], "", [])]
     assert driven.deadline_s is None
     driven.at(60.0).tell(events.TreeGone(key))
     assert driven.latest == [events.Release(key)]
-    assert driven.stopped(driven.stop(key)).outcomes == [Outcome(key, "a", 101, "killed", None, 6.0, [], "")]
+    assert driven.stopped(driven.stop(key)).outcomes == [Outcome(key, "a", 101, "killed", None, 6.0, [], "", [])]
 
 
 # ---- waits, signals, wrong requests

@@ -1,0 +1,217 @@
+"""What the store holds, as frozen types, and their form in JSON. The rules on it are in `grants`. Pure.
+
+Times are seconds since the epoch (`time.time`): processes that never meet, and people, read them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
+
+from harness.broker.readings import Reading
+
+_Kind = TypeVar("_Kind")
+
+
+@dataclass(frozen=True)
+class Who:
+    """A process for all time. `namespace` is the inode of its PID namespace, in which alone `pid` means anything."""
+
+    pid: int
+    start_time: int
+    namespace: int
+
+
+@dataclass(frozen=True)
+class Want:
+    """`count` of the `candidates` (UUIDs, the preferred first), whole or a share of `memory_mib` of each."""
+
+    count: int
+    candidates: tuple[str, ...]
+    memory_mib: int | None
+
+
+@dataclass(frozen=True)
+class Waiter:
+    """Somebody who waits for a lease; whose `ticket` is lower came earlier."""
+
+    ticket: int
+    id: str
+    name: str
+    test: str
+    broker: Who
+    since: float
+    want: Want
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """A server on a lease. `pids` (with start times) are those of its tree that its devices have listed."""
+
+    key: int
+    name: str
+    keeper: Who
+    devices: tuple[str, ...]
+    pids: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Devices that somebody has: by UUID the share in MiB, None for the whole.
+
+    `leaving` are those whose memory is back while a tenant's tree is still ending: they take no room. `stale_since` is
+    when somebody first found that nobody of it is alive.
+    """
+
+    id: str
+    name: str
+    test: str
+    user: int
+    since: float
+    broker: Who
+    devices: dict[str, int | None]
+    tenants: tuple[Tenant, ...] = ()
+    leaving: tuple[str, ...] = ()
+    stale_since: float | None = None
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a device had in use when its first lease was granted, at the time `taken`."""
+
+    reading: Reading
+    taken: float
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """Why a device is given to nobody, since when, and after whose lease, with the pids (and start times) of that."""
+
+    reason: str
+    since: float
+    lease: str
+    pids: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Book:
+    """Everything. A device's generation counts its grants and ends."""
+
+    boot: str = ""
+    next_ticket: int = 1
+    leases: tuple[Lease, ...] = ()
+    waiters: tuple[Waiter, ...] = ()
+    baselines: dict[str, Baseline] = field(default_factory=dict)
+    quarantines: dict[str, Quarantine] = field(default_factory=dict)
+    generations: dict[str, int] = field(default_factory=dict)
+
+    def leases_on(self, uuid: str) -> list[Lease]:
+        """Give the leases of a device, the leaving ones included."""
+        return [lease for lease in self.leases if uuid in lease.devices]
+
+    def holders_of(self, uuid: str) -> list[Lease]:
+        """Give the leases that take room on a device."""
+        return [lease for lease in self.leases_on(uuid) if uuid not in lease.leaving]
+
+    def generation(self, uuid: str) -> int:
+        """Give how often the device was granted and given back."""
+        return self.generations.get(uuid, 0)
+
+    def to_json_dict(self) -> dict[str, object]:
+        """Give the form in the store."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json_dict(content: dict[str, object]) -> Book:
+        """Read what `to_json_dict` gave, or an empty dict; raises ValueError for anything else."""
+        try:
+            return _book(content)
+        except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
+            raise ValueError(f"the store of leases is not in the right form: {type(error).__name__}: {error}") from None
+
+
+def forget_other_boot(book: Book, boot: str) -> Book:
+    """Give the book of this boot: a reboot has ended every process, and has freed all memory."""
+    return book if book.boot == boot else Book(boot=boot)
+
+
+def _book(content: dict[str, Any]) -> Book:
+    if not content:
+        return Book()
+    return Book(
+        boot=_is(content["boot"], str),
+        next_ticket=_is(content["next_ticket"], int),
+        leases=tuple(map(_lease, content["leases"])),
+        waiters=tuple(map(_waiter, content["waiters"])),
+        baselines={_is(uuid, str): _baseline(found) for uuid, found in content["baselines"].items()},
+        quarantines={_is(uuid, str): _quarantine(found) for uuid, found in content["quarantines"].items()},
+        generations={_is(uuid, str): _is(count, int) for uuid, count in content["generations"].items()},
+    )
+
+
+def _lease(found: dict[str, Any]) -> Lease:
+    lease = Lease(**found)
+    for text in (lease.id, lease.name, lease.test, *lease.devices, *lease.leaving):
+        _is(text, str)
+    _is(lease.user, int)
+    return replace(
+        lease,
+        since=_time(lease.since),
+        broker=_who(found["broker"]),
+        devices={uuid: None if mib is None else _is(mib, int) for uuid, mib in lease.devices.items()},
+        tenants=tuple(map(_tenant, found["tenants"])),
+        leaving=tuple(lease.leaving),
+        stale_since=None if lease.stale_since is None else _time(lease.stale_since),
+    )
+
+
+def _tenant(found: dict[str, Any]) -> Tenant:
+    devices = tuple(_is(uuid, str) for uuid in found["devices"])
+    return Tenant(_is(found["key"], int), _is(found["name"], str), _who(found["keeper"]), devices, _pids(found))
+
+
+def _waiter(found: dict[str, Any]) -> Waiter:
+    want = found["want"]
+    candidates = tuple(_is(uuid, str) for uuid in want["candidates"])
+    mib = None if want["memory_mib"] is None else _is(want["memory_mib"], int)
+    return Waiter(
+        ticket=_is(found["ticket"], int),
+        id=_is(found["id"], str),
+        name=_is(found["name"], str),
+        test=_is(found["test"], str),
+        broker=_who(found["broker"]),
+        since=_time(found["since"]),
+        want=Want(_is(want["count"], int), candidates, mib),
+    )
+
+
+def _who(found: dict[str, Any]) -> Who:
+    return Who(_is(found["pid"], int), _is(found["start_time"], int), _is(found["namespace"], int))
+
+
+def _baseline(found: dict[str, Any]) -> Baseline:
+    reading = found["reading"]
+    processes = reading["processes"]
+    if processes is not None:
+        # JSON has only texts as names.
+        processes = {int(pid): None if held is None else _is(held, int) for pid, held in processes.items()}
+    sizes = (_is(reading["used_bytes"], int), _is(reading["total_bytes"], int), _is(reading["version"], int))
+    return Baseline(Reading(*sizes, processes), _time(found["taken"]))
+
+
+def _quarantine(found: dict[str, Any]) -> Quarantine:
+    return Quarantine(_is(found["reason"], str), _time(found["since"]), _is(found["lease"], str), _pids(found))
+
+
+def _pids(found: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+    return tuple((_is(pid, int), _is(start, int)) for pid, start in found["pids"])
+
+
+def _is(value: Any, kind: type[_Kind]) -> _Kind:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not {kind.__name__}")
+    return value
+
+
+def _time(value: Any) -> float:
+    return float(_is(value, int) if not isinstance(value, float) else value)

@@ -1,0 +1,94 @@
+"""Whether the memory of a device is back: judged from two readings, and from whose the listed processes are. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from harness.broker.readings import Fault
+
+if TYPE_CHECKING:
+    from collections.abc import Set as AbstractSet
+
+    from harness.broker.readings import Reading
+
+# Drivers keep a little for a while; on an H100 with driver 580 nothing was left, each time.
+SLACK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a reading says, compared with the baseline.
+
+    `verdict` is freed, held or unknown. `own` are pids of the server that are listed still, `foreign` those that came
+    since the baseline and are nobody's that the store knows. `excess_bytes` is what is more in use than before, as far
+    as it is not known to be another's.
+    """
+
+    verdict: str
+    own: tuple[int, ...]
+    foreign: tuple[int, ...]
+    excess_bytes: int
+    note: str
+
+
+def judge(
+    baseline: Reading,
+    now: Reading | Fault,
+    *,
+    own: AbstractSet[int],
+    neighbours: AbstractSet[int],
+    sees_pids: bool,
+    is_shared: bool,
+    slack_bytes: int = SLACK_BYTES,
+) -> Judgement:
+    """Judge one device of one server: `own` are its pids, `neighbours` those of the device's other leases.
+
+    `sees_pids`: the device lists this server's processes when it has some. `is_shared`: others have a lease on it.
+    """
+    if isinstance(now, Fault) or now.version != baseline.version:
+        why = now.text if isinstance(now, Fault) else "its memory was read in two ways that cannot be compared"
+        return Judgement("unknown", (), (), 0, why)
+    listed = set(now.processes or {})
+    mine = tuple(sorted(listed & own))
+    foreign = tuple(sorted(listed - own - neighbours - set(baseline.processes or {})))
+    excess = now.used_bytes - baseline.used_bytes
+    if mine:
+        return Judgement("held", mine, foreign, excess, "")
+    before_bytes, now_bytes = _unlisted_bytes(baseline), _unlisted_bytes(now)
+    if sees_pids and before_bytes is not None and now_bytes is not None:
+        excess = now_bytes - before_bytes
+        is_held = excess > slack_bytes
+        note = "no process that is listed holds it" if is_held else ""
+        return Judgement("held" if is_held else "freed", (), foreign, excess, note)
+    return _judge_totals(baseline, excess, foreign, is_shared=is_shared, slack_bytes=slack_bytes)
+
+
+def _judge_totals(
+    baseline: Reading, excess: int, foreign: tuple[int, ...], *, is_shared: bool, slack_bytes: int
+) -> Judgement:
+    """Judge where it is not told which process holds how much."""
+    note = "the driver does not say which process holds what, so the device's total was compared"
+    if excess <= slack_bytes:
+        if baseline.used_bytes <= slack_bytes:
+            return Judgement("freed", (), foreign, excess, note)
+        why = "others had memory on it before, and may have given that back"
+    elif is_shared:
+        why = "others have leased a part of it"
+    elif foreign:
+        why = "others have come meanwhile"
+    else:
+        return Judgement("held", (), foreign, excess, f"{note}; it cannot be told whose it is")
+    return Judgement("unknown", (), foreign, excess, f"{note}, and that does not tell: {why}")
+
+
+def _unlisted_bytes(reading: Reading) -> int | None:
+    """Give what no listed process holds; None if that is not told."""
+    if reading.processes is None:
+        return None
+    total = 0
+    for held in reading.processes.values():
+        if held is None:
+            return None
+        total += held
+    return reading.used_bytes - total

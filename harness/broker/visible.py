@@ -1,0 +1,82 @@
+"""Which devices CUDA_VISIBLE_DEVICES lets a process see, and in which order. Pure.
+
+Source: CUDA C++ Programming Guide, "CUDA Environment Variables"; what it leaves open was tried with driver 580.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from harness.broker.readings import Device
+
+_BUS_ORDER = "PCI_BUS_ID"
+
+
+class VisibilityError(ValueError):
+    """The devices that are meant cannot be told, or are not visible."""
+
+
+def visible(devices: Sequence[Device], variable: str | None, order: str | None) -> list[Device]:
+    """Give the devices that a process with these values of CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER sees.
+
+    Without the variable it is all of them, and of MIG instances each, though CUDA itself uses one in a process. The
+    first entry that is none hides all that follow. A device that is named twice makes CUDA see none.
+    """
+    if variable is None:
+        return list(devices)
+    seen: list[Device] = []
+    for entry in variable.split(","):
+        found = _entry(devices, entry.strip(), order)
+        if found is None:
+            break
+        seen.append(found)
+    return seen if len(set(seen)) == len(seen) else []
+
+
+def _entry(devices: Sequence[Device], entry: str, order: str | None) -> Device | None:
+    if entry.startswith(("GPU-", "MIG-")):
+        return _by_uuid(devices, entry)
+    digits = entry[: len(entry) - len(entry.lstrip("0123456789"))]
+    if not digits:
+        return None
+    ordinals = [device for device in devices if not device.parent]
+    if int(digits) >= len(ordinals):
+        return None
+    _check_order(ordinals, order)
+    return ordinals[int(digits)]
+
+
+def _check_order(devices: Sequence[Device], order: str | None) -> None:
+    # CUDA numbers them with the fastest first unless it is told otherwise, and what it takes for fast is not known.
+    if order != _BUS_ORDER and len({device.name for device in devices}) > 1:
+        raise VisibilityError(
+            "CUDA_VISIBLE_DEVICES numbers GPUs of several kinds, and their order is CUDA's own guess: set"
+            " CUDA_DEVICE_ORDER=PCI_BUS_ID, or name them by UUID"
+        )
+
+
+def _by_uuid(devices: Sequence[Device], prefix: str) -> Device | None:
+    found = [device for device in devices if device.uuid.startswith(prefix)]
+    return found[0] if len(found) == 1 else None
+
+
+def pick(seen: Sequence[Device], wanted: Sequence[int | str]) -> list[Device]:
+    """Give the devices that are wanted: by index among the visible ones, or by UUID or a unique beginning of one.
+
+    Raises VisibilityError for one that is not visible, or that is there twice.
+    """
+    chosen = [_wanted(seen, one) for one in wanted]
+    if len(set(chosen)) < len(chosen):
+        raise VisibilityError(f"gpus: a device is there twice: {', '.join(map(str, wanted))}")
+    return chosen
+
+
+def _wanted(seen: Sequence[Device], one: int | str) -> Device:
+    found = _by_uuid(seen, one) if isinstance(one, str) else (seen[one] if one < len(seen) else None)
+    if found is None:
+        there = ", ".join(f"{index} {device.uuid}" for index, device in enumerate(seen)) or "none"
+        raise VisibilityError(f"gpus: {one} is not one of the GPUs that this process sees: {there}")
+    return found

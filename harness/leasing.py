@@ -1,0 +1,205 @@
+"""Leases of GPUs, as the test process asks for them: one for a server, or one for a group whose servers share it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.errors import GpuUnavailable, HarnessError, SpecError
+from harness.lease_messages import EndLease, Lease, LeaseStatus, WaitLease
+from harness.messages import Done
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from harness.link import Link
+    from harness.server import Server
+    from harness.specs import GpuWish
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+ORDER = "CUDA_DEVICE_ORDER"
+DEFAULT_WAIT_S = 1800.0
+DEFAULT_RELEASE_S = 60.0
+# How often a long wait says what it waits for; the first time sooner.
+_FIRST_WORD_S = 2.0
+_NEXT_WORD_S = 20.0
+_LIBRARIES = ("pynvml", "filelock")
+_log = logging.getLogger("harness")
+
+
+@dataclass(frozen=True)
+class LeaseTerms:
+    """What all leases of one watchdog have in common: the store, and how long is waited for a lease and for memory."""
+
+    store: str
+    is_shared: bool
+    wait_s: float
+    release_s: float
+
+
+def terms(state_dir: Path, wait_s: float, release_s: float) -> LeaseTerms:
+    """Give the terms: the store is in $HARNESS_GPU_DIR, which several users may share, else in the state directory."""
+    shared = os.environ.get("HARNESS_GPU_DIR")
+    return LeaseTerms(shared or str(state_dir / "gpu"), bool(shared), wait_s, release_s)
+
+
+class GpuLease:
+    """Devices that nobody else is given until they have been given back, and their memory is back."""
+
+    def __init__(self, link: Link, number: int, devices: tuple[str, ...]) -> None:
+        """Take a lease that the watchdog has granted; `devices` are UUIDs."""
+        self._link = link
+        self.number = number
+        self.devices = devices
+
+    def end(self) -> None:
+        """Launch nothing more on it: each device is given back once the memory of the servers on it is."""
+        with contextlib.suppress(HarnessError):  # the watchdog has died or was closed, or somebody has ended it
+            self._link.request(EndLease(self.number), Done)
+
+
+def take(link: Link, wish: GpuWish, terms: LeaseTerms, name: str) -> GpuLease:
+    """Wait for a lease, in arrival order; raises GpuUnavailable if there will be none."""
+    number = link.new_key()
+    link.memory_s = max(link.memory_s, terms.release_s)
+    try:
+        link.lease(number, _request(wish, terms, name))
+        return GpuLease(link, number, _wait(link, number, name))
+    except BaseException:
+        GpuLease(link, number, ()).end()  # Ctrl-C, a test's deadline: nobody will ever hold it
+        raise
+
+
+def _request(wish: GpuWish, terms: LeaseTerms, name: str) -> Lease:
+    return Lease(
+        name=name,
+        test=_this_test(),
+        count=wish.count,
+        devices=list(wish.devices),
+        memory_mib=wish.memory_mib,
+        visible=os.environ.get(VISIBLE),
+        order=os.environ.get(ORDER),
+        wait_s=terms.wait_s,
+        release_s=terms.release_s,
+        store=terms.store,
+        is_shared=terms.is_shared,
+        paths=_paths(),
+    )
+
+
+def _this_test() -> str:
+    # pytest sets it: "tests/test_a.py::test_b (call)".
+    return os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0] or Path(sys.argv[0]).name
+
+
+def _paths() -> list[str]:
+    # The broker does not run the test process's site configuration, so it is told where its two libraries are.
+    found = [importlib.util.find_spec(name) for name in _LIBRARIES]
+    origins = [Path(spec.origin) for spec in found if spec is not None and spec.origin is not None]
+    folders = [origin.parent.parent if origin.name == "__init__.py" else origin.parent for origin in origins]
+    return list(dict.fromkeys(map(str, folders)))
+
+
+def _wait(link: Link, number: int, name: str) -> tuple[str, ...]:
+    began = time.monotonic()
+    patience_s = _FIRST_WORD_S
+    while True:
+        status = link.request(WaitLease(number, patience_s), LeaseStatus, timeout_s=patience_s)
+        if status.state == "granted":
+            return tuple(status.devices)
+        if status.state != "waiting":
+            error = GpuUnavailable(f"{name!r}: {status.text}", server=name)
+            error.is_absent = status.state == "absent"
+            raise error
+        patience_s = _NEXT_WORD_S
+        _log.warning("%r has waited %.0f s for its GPUs: %s", name, time.monotonic() - began, status.text)
+
+
+class Share:
+    """A server's part of a group's lease. As a context manager around its launch it takes it back if that fails."""
+
+    def __init__(self, lease: GpuLease, devices: tuple[str, ...]) -> None:
+        """Take the lease, and the server's devices."""
+        self.lease = lease
+        self.devices = devices
+        self.server: Server | None = None
+        self._has_failed = False
+
+    @property
+    def is_taken(self) -> bool:
+        """Say whether its server is being launched, or has not been stopped yet."""
+        return not self._has_failed and (self.server is None or self.server.outcome is None)
+
+    def __enter__(self) -> Share:  # noqa: PYI034 - typing.Self is there from Python 3.11 on
+        """Begin the launch."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the launch."""
+        self._has_failed = error is not None
+
+
+class SharedLease:
+    """The lease of a group, taken by its first launch. Each server takes its share of the devices, or sees them all."""
+
+    def __init__(self, take: Callable[[], GpuLease]) -> None:
+        """Take how it is leased."""
+        self._take = take
+        self._lock = threading.Lock()
+        self._lease: GpuLease | None = None
+        self._shares: list[Share] = []
+
+    def share(self, wish: GpuWish | None) -> Share:
+        """Give a server its share.
+
+        Raises SpecError if the group has too few devices left, GpuUnavailable as `take` does.
+        """
+        with self._lock:
+            if self._lease is None:
+                self._lease = self._take()
+            if wish is None:
+                return Share(self._lease, self._lease.devices)
+            share = Share(self._lease, self._chosen(wish, self._lease.devices))
+            self._shares.append(share)
+            return share
+
+    def _chosen(self, wish: GpuWish, devices: tuple[str, ...]) -> tuple[str, ...]:
+        if wish.memory_mib is not None:
+            raise SpecError("gpu_memory_mib= cannot be had in a group with gpus=: its servers share whole devices")
+        if wish.devices:
+            return tuple(_find(devices, wanted) for wanted in wish.devices)
+        taken = {uuid for share in self._shares if share.is_taken for uuid in share.devices}
+        free = [uuid for uuid in devices if uuid not in taken]
+        if len(free) < wish.count:
+            raise SpecError(
+                f"{wish.count} GPUs are wanted, but of the group's {len(devices)} only {len(free)} are not taken"
+            )
+        return tuple(free[: wish.count])
+
+    def end(self) -> None:
+        """Give the devices back, as soon as their memory is; a later launch takes another lease."""
+        with self._lock:
+            lease, self._lease = self._lease, None
+            self._shares = []
+        if lease is not None:
+            lease.end()
+
+
+def _find(devices: tuple[str, ...], wanted: str) -> str:
+    if wanted.isdecimal() and int(wanted) < len(devices):
+        return devices[int(wanted)]
+    found = [uuid for uuid in devices if not wanted.isdecimal() and uuid.startswith(wanted)]
+    if len(found) != 1:
+        raise SpecError(f"gpus: {wanted!r} is not one of the group's {len(devices)} devices")
+    return found[0]

@@ -1,0 +1,301 @@
+/* A stand-in for libnvidia-ml.so.1 whose state is in files, beside the library or in $STANDIN_NVML:
+ *
+ *   devices            a line for each: UUID|name|total MiB|reserved MiB|UUID of the GPU whose MIG instance it is
+ *   holds/UUID.PID     "MIB KIND START LINGER_MS LISTED": what a process holds (KIND c, g or m); it counts while exactly
+ *                      this process lives, and LINGER_MS longer, in which it is listed if LISTED is 1
+ *   residue.UUID       MiB that no listed process holds
+ *   blind              no process is listed, as in a PID namespace
+ *   untold             what a process holds is not told
+ *   missing.FUNCTION   the driver does not have this function
+ *   fault.FUNCTION.UUID   "CODE COUNT SECONDS": the next COUNT calls (-1: all) return CODE after SECONDS, or as soon as
+ *                      the file is gone; UUID may be "any"
+ *
+ * Everything is read anew in each call. Only what the harness calls is here.
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <dlfcn.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { OK = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7, FUNCTION_NOT_FOUND = 13 };
+enum { MOST = 64 };
+#define MIB (1ULL << 20)
+
+struct device { char uuid[96], name[96], parent[96]; unsigned long long total, reserved; };
+struct process { unsigned pid; unsigned long long used; unsigned gpu_instance, compute_instance; };
+struct memory { unsigned long long total, free, used; };
+struct memory_v2 { unsigned version; unsigned long long total, reserved, free, used; };
+
+/* Handles point into this: their uuids never change. */
+static struct device handles[MOST];
+static int handle_count;
+
+static const char *directory(void) {
+    static char path[4096];
+    const char *named = getenv("STANDIN_NVML");
+    if (named) return named;
+    Dl_info info;
+    if (!path[0] && dladdr((void *)directory, &info)) {
+        snprintf(path, sizeof path, "%s", info.dli_fname);
+        *strrchr(path, '/') = 0;
+    }
+    return path;
+}
+
+static FILE *open_file(const char *mode, const char *format, ...) {
+    char name[512], path[4700];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(name, sizeof name, format, arguments);
+    va_end(arguments);
+    snprintf(path, sizeof path, "%s/%s", directory(), name);
+    return fopen(path, mode);
+}
+
+static int has(const char *name) {
+    FILE *file = open_file("r", "%s", name);
+    if (file) fclose(file);
+    return file != NULL;
+}
+
+static int load(struct device *devices) {
+    FILE *file = open_file("r", "devices");
+    int count = 0;
+    char line[512];
+    while (file && count < MOST && fgets(line, sizeof line, file)) {
+        struct device *one = &devices[count];
+        one->parent[0] = 0;
+        if (sscanf(line, "%95[^|]|%95[^|]|%llu|%llu|%95[^\n]", one->uuid, one->name, &one->total, &one->reserved,
+                   one->parent) >= 4)
+            count++;
+    }
+    if (file) fclose(file);
+    return count;
+}
+
+static struct device *handle_of(const char *uuid) {
+    for (int i = 0; i < handle_count; i++)
+        if (!strcmp(handles[i].uuid, uuid)) return &handles[i];
+    struct device devices[MOST];
+    int count = load(devices);
+    for (int i = 0; i < count && handle_count < MOST; i++)
+        if (!strcmp(devices[i].uuid, uuid)) {
+            handles[handle_count] = devices[i];
+            return &handles[handle_count++];
+        }
+    return NULL;
+}
+
+static double now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_REALTIME, &time);
+    return time.tv_sec + time.tv_nsec / 1e9;
+}
+
+static int faults(const char *function, const char *uuid) {
+    char name[512];
+    snprintf(name, sizeof name, "missing.%s", function);
+    if (has(name)) return FUNCTION_NOT_FOUND;
+    const char *whose[] = {uuid, "any"};
+    for (int i = 0; i < 2; i++) {
+        int code = 0, count = 0;
+        double seconds = 0, began = now();
+        FILE *file = open_file("r", "fault.%s.%s", function, whose[i]);
+        if (!file) continue;
+        int fields = fscanf(file, "%d %d %lf", &code, &count, &seconds);
+        fclose(file);
+        if (fields < 2 || count == 0) continue;
+        snprintf(name, sizeof name, "fault.%s.%s", function, whose[i]);
+        while (now() - began < seconds && has(name)) usleep(2000);
+        if (count > 0 && (file = open_file("w", "fault.%s.%s", function, whose[i]))) {
+            fprintf(file, "%d %d %f", code, count - 1, seconds);
+            fclose(file);
+        }
+        return code;
+    }
+    return OK;
+}
+
+/* Whether exactly this process lives: its start time is field 22 of its stat. */
+static int lives(unsigned pid, unsigned long long start) {
+    char path[64], text[1024];
+    snprintf(path, sizeof path, "/proc/%u/stat", pid);
+    FILE *file = fopen(path, "r");
+    if (!file) return 0;
+    size_t size = fread(text, 1, sizeof text - 1, file);
+    fclose(file);
+    text[size] = 0;
+    char *rest = strrchr(text, ')'), state = 0;
+    unsigned long long found = 0;
+    if (!rest || sscanf(rest + 1, " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %llu",
+                        &state, &found) < 2)
+        return 0;
+    return found == start && state != 'Z' && state != 'X';
+}
+
+/* What is held beyond the process's end counts for a time that begins when somebody first looks. */
+static int lingers(const char *hold, int linger_ms) {
+    if (linger_ms <= 0) return 0;
+    char path[4700];
+    struct stat found;
+    snprintf(path, sizeof path, "%s/died.%s", directory(), hold);
+    if (stat(path, &found)) {
+        FILE *file = fopen(path, "w");
+        if (file) fclose(file);
+        return 1;
+    }
+    return now() - (found.st_mtim.tv_sec + found.st_mtim.tv_nsec / 1e9) < linger_ms / 1e3;
+}
+
+/* Give the holders of one kind (0: of all), and what all of them hold. */
+static int holders(const char *uuid, char wanted, struct process *found, unsigned long long *sum) {
+    char path[4700];
+    int count = 0;
+    *sum = 0;
+    snprintf(path, sizeof path, "%s/holds", directory());
+    DIR *folder = opendir(path);
+    for (struct dirent *entry; folder && count < MOST && (entry = readdir(folder));) {
+        size_t length = strlen(uuid);
+        if (strncmp(entry->d_name, uuid, length) || entry->d_name[length] != '.') continue;
+        unsigned pid = (unsigned)atoi(entry->d_name + length + 1);
+        unsigned long long mib = 0, start = 0;
+        int linger_ms = 0, listed = 0;
+        char kind = 'c';
+        FILE *file = open_file("r", "holds/%s", entry->d_name);
+        if (!file) continue;
+        int fields = fscanf(file, "%llu %c %llu %d %d", &mib, &kind, &start, &linger_ms, &listed);
+        fclose(file);
+        int is_there = fields >= 3 && lives(pid, start);
+        if (fields < 3 || (!is_there && !lingers(entry->d_name, linger_ms))) continue;
+        *sum += mib * MIB;
+        if ((is_there || listed) && (!wanted || kind == wanted))
+            found[count++] = (struct process){pid, has("untold") ? ~0ULL : mib * MIB, ~0u, ~0u};
+    }
+    if (folder) closedir(folder);
+    return count;
+}
+
+static int read_memory(struct device *device, struct memory_v2 *memory) {
+    struct process found[MOST];
+    unsigned long long residue = 0;
+    FILE *file = open_file("r", "residue.%s", device->uuid);
+    if (file && fscanf(file, "%llu", &residue) != 1) residue = 0;
+    if (file) fclose(file);
+    memory->total = device->total * MIB;
+    memory->reserved = device->reserved * MIB;
+    holders(device->uuid, 0, found, &memory->used);
+    memory->used += residue * MIB;
+    memory->free = memory->total - memory->reserved - memory->used;
+    return OK;
+}
+
+int nvmlInitWithFlags(unsigned flags) { return (void)flags, faults("nvmlInitWithFlags", "any"); }
+int nvmlInit_v2(void) { return faults("nvmlInit_v2", "any"); }
+int nvmlShutdown(void) { return OK; }
+const char *nvmlErrorString(int code) { return code == 15 ? "GPU is lost" : code == 999 ? "Unknown Error" : "error of the stand-in"; }
+
+int nvmlSystemGetDriverVersion(char *text, unsigned length) { return snprintf(text, length, "0.stand-in"), OK; }
+
+int nvmlDeviceGetCount_v2(unsigned *count) {
+    struct device devices[MOST];
+    int all = load(devices);
+    *count = 0;
+    for (int i = 0; i < all; i++) *count += !devices[i].parent[0];
+    return faults("nvmlDeviceGetCount_v2", "any");
+}
+
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, struct device **handle) {
+    struct device devices[MOST];
+    int all = load(devices);
+    for (int i = 0; i < all; i++)
+        if (!devices[i].parent[0] && index-- == 0) {
+            *handle = handle_of(devices[i].uuid);
+            return faults("nvmlDeviceGetHandleByIndex_v2", devices[i].uuid);
+        }
+    return INVALID_ARGUMENT;
+}
+
+int nvmlDeviceGetHandleByUUID(const char *uuid, struct device **handle) {
+    *handle = handle_of(uuid);
+    return *handle ? faults("nvmlDeviceGetHandleByUUID", uuid) : NOT_FOUND;
+}
+
+int nvmlDeviceGetUUID(struct device *device, char *text, unsigned length) {
+    return snprintf(text, length, "%s", device->uuid), faults("nvmlDeviceGetUUID", device->uuid);
+}
+
+int nvmlDeviceGetName(struct device *device, char *text, unsigned length) {
+    return snprintf(text, length, "%s", device->name), faults("nvmlDeviceGetName", device->uuid);
+}
+
+int nvmlDeviceGetMemoryInfo_v2(struct device *device, struct memory_v2 *memory) {
+    int fault = faults("nvmlDeviceGetMemoryInfo_v2", device->uuid);
+    return fault ? fault : read_memory(device, memory);
+}
+
+int nvmlDeviceGetMemoryInfo(struct device *device, struct memory *memory) {
+    struct memory_v2 found;
+    int fault = faults("nvmlDeviceGetMemoryInfo", device->uuid);
+    if (fault) return fault;
+    read_memory(device, &found);
+    *memory = (struct memory){found.total, found.free, found.used + found.reserved};
+    return OK;
+}
+
+static int list(const char *function, struct device *device, char kind, unsigned *count, struct process *processes) {
+    struct process found[MOST];
+    unsigned long long sum;
+    int fault = faults(function, device->uuid);
+    if (fault) return fault;
+    unsigned size = has("blind") ? 0 : (unsigned)holders(device->uuid, kind, found, &sum), room = *count;
+    *count = size;
+    if (room < size) return INSUFFICIENT_SIZE;
+    if (size) memcpy(processes, found, size * sizeof *found);
+    return OK;
+}
+
+#define LIST(name, kind) \
+    int name(struct device *device, unsigned *count, struct process *processes) { \
+        return list(#name, device, kind, count, processes); \
+    }
+LIST(nvmlDeviceGetComputeRunningProcesses_v3, 'c')
+LIST(nvmlDeviceGetComputeRunningProcesses_v2, 'c')
+LIST(nvmlDeviceGetGraphicsRunningProcesses_v3, 'g')
+LIST(nvmlDeviceGetGraphicsRunningProcesses_v2, 'g')
+LIST(nvmlDeviceGetMPSComputeRunningProcesses_v3, 'm')
+LIST(nvmlDeviceGetMPSComputeRunningProcesses_v2, 'm')
+
+static struct device *instance(struct device *parent, unsigned index, unsigned *count) {
+    struct device devices[MOST];
+    struct device *found = NULL;
+    int all = load(devices);
+    *count = 0;
+    for (int i = 0; i < all; i++)
+        if (!strcmp(devices[i].parent, parent->uuid) && (*count)++ == index) found = handle_of(devices[i].uuid);
+    return found;
+}
+
+int nvmlDeviceGetMigMode(struct device *device, unsigned *current, unsigned *pending) {
+    unsigned count;
+    instance(device, 0, &count);
+    *current = *pending = count > 0;
+    return faults("nvmlDeviceGetMigMode", device->uuid);
+}
+
+int nvmlDeviceGetMaxMigDeviceCount(struct device *device, unsigned *count) {
+    instance(device, 0, count);
+    *count += *count ? 1 : 0; /* one place is free */
+    return OK;
+}
+
+int nvmlDeviceGetMigDeviceHandleByIndex(struct device *device, unsigned index, struct device **handle) {
+    unsigned count;
+    *handle = instance(device, index, &count);
+    return *handle ? OK : NOT_FOUND;
+}

@@ -10,9 +10,10 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from harness import doctor, procfs, remains, state_dir
+from harness import doctor, gpus_command, procfs, remains, state_dir
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
@@ -56,15 +57,29 @@ def _parser() -> argparse.ArgumentParser:
         description="Say what the harness finds on this machine, how it kills, and what to do where it is not fine.",
     )
     check.set_defaults(command=_doctor)
-    for command in (sweep, check):
+    gpus = commands.add_parser(
+        "gpus",
+        help="show GPUs, who has them and who waits; lift a quarantine",
+        description="Show each GPU with its memory in use now and before its leases, who has it, and who waits. Exit"
+        " code 1: one is quarantined or cannot be read. HARNESS_GPU_DIR names the directory that several users share.",
+    )
+    gpus.add_argument(
+        "--release",
+        metavar="UUID|INDEX|all",
+        type=_not_empty,
+        help="lift the quarantine of a GPU, or of all. Of one that is named, leases end whose processes are dead or in"
+        " another PID namespace. Its memory is not looked at: what is in use then counts as in use before",
+    )
+    gpus.set_defaults(command=_gpus)
+    for command in (sweep, check, gpus):
         command.add_argument("--json", action="store_true", help="print JSON")
         command.add_argument(
-            "--state-dir", metavar="DIR", type=_directory, help="default: as for a run (see the README, State)"
+            "--state-dir", metavar="DIR", type=_not_empty, help="default: as for a run (see the README, State)"
         )
     return parser
 
 
-def _directory(text: str) -> str:
+def _not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return text
@@ -131,6 +146,15 @@ def _doctor(options: argparse.Namespace) -> int:
     else:
         _print("\n".join(finding.line() for finding in findings))
     return 0 if all(finding.is_fine for finding in findings) else 1
+
+
+def _gpus(options: argparse.Namespace) -> int:
+    found = gpus_command.look(options.state_dir, options.release)
+    if options.json:
+        _print(json.dumps(asdict(found), indent=2))
+    else:
+        _print("\n".join(map(doctor.plain, gpus_command.lines(found))))
+    return 0 if found.is_fine else 1
 
 
 def _print(text: str) -> None:

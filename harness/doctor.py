@@ -8,17 +8,25 @@ import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness import forking, platform, procfs, remains, state_dir
+from harness import forking, leasing, platform, procfs, remains, state_dir
+from harness.broker import book
+from harness.broker.readings import Fault
+from harness.broker.store import Store, StoreError
 from harness.errors import HarnessError
+from harness.watchdog import ledger
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from harness.broker.readings import Reading
 
 # A server costs its watchdog three descriptors, and at least two processes.
 _FEW_DESCRIPTORS = 1024
 _FEW_PROCESSES = 256
 # More than an entry of the ledger, and than the stacks of most tests.
 _WRITTEN_BYTES = 1 << 16
+# NVML's start takes seconds where nothing keeps the driver loaded.
+_SURVEY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ def examine(given_state_dir: str | None = None) -> list[Finding]:
         directory = state_dir.find(given_state_dir)
     except HarnessError as error:
         return [*found, Finding("state directory", is_fine=False, text=str(error))]
-    return [*found, _state_dir(directory), _lock(directory), *_remains(directory)]
+    return [*found, _state_dir(directory), _lock(directory), *_remains(directory), *_nvml(), _gpu_store(directory)]
 
 
 def _platform() -> Finding:
@@ -150,3 +158,42 @@ def _remains(directory: Path) -> list[Finding]:
     for path, reason in found.unreadable.items():
         findings.append(Finding("ledger", is_fine=False, text=f"{path}: {reason}", advice="look at it, and remove it"))
     return findings
+
+
+def _nvml() -> list[Finding]:
+    from harness.broker import survey  # noqa: PLC0415 - only where the platform is Linux
+
+    seen = survey.survey(_SURVEY_S)
+    if seen.failure:
+        return [Finding("NVML", is_fine=seen.is_absent, text=seen.failure)]
+    return [_device(device.uuid, device.name, seen.readings[device.uuid]) for device in seen.devices] or [
+        Finding("NVML", is_fine=True, text="the driver is there, but no GPU")
+    ]
+
+
+def _device(uuid: str, name: str, reading: Reading | Fault) -> Finding:
+    what = f"GPU {uuid}"
+    if isinstance(reading, Fault):
+        return Finding(what, is_fine=False, text=f"{name} cannot be read: {reading.text}", advice="nvidia-smi -q")
+    text = f"{name}, {reading.used_bytes >> 20} of {reading.total_bytes >> 20} MiB in use"
+    if reading.processes is None:
+        return Finding(
+            what, is_fine=True, text=f"{text}; who uses it is not told, so a neighbour makes verdicts unknown"
+        )
+    return Finding(what, is_fine=True, text=f"{text} by {len(reading.processes)} processes")
+
+
+def _gpu_store(directory: Path) -> Finding:
+    terms = leasing.terms(directory, wait_s=0.0, release_s=0.0)
+    store = Store(terms.store, is_shared=terms.is_shared)
+    try:
+        # Only who tries knows whether a shared directory can be written to; what is made there a run would make.
+        content = store.change(lambda found: (found, found), timeout_s=1.0) if terms.is_shared else store.read()
+        found = book.forget_other_boot(book.Book.from_json_dict(content), ledger.boot())
+    except (StoreError, ValueError) as error:
+        return Finding("GPU store", is_fine=False, text=str(error))
+    text = (
+        f"{terms.store}: {len(found.leases)} leases, {len(found.waiters)} waiting, {len(found.quarantines)} quarantined"
+    )
+    advice = "python -m harness gpus says why; --release all lifts it" if found.quarantines else ""
+    return Finding("GPU store", is_fine=not found.quarantines, text=text, advice=advice)

@@ -35,10 +35,11 @@ def _compete(one: Waiter, other: Waiter) -> bool:
 def _holders(book: Book, uuid: str, now: float) -> list[str]:
     if uuid in book.quarantines:
         return [f"{uuid} is quarantined: {book.quarantines[uuid].reason}"]
-    return [f"{uuid} is held by {_holder(lease, uuid, now)}" for lease in book.holders_of(uuid)]
+    return [f"{uuid} is held by {describe_holder(lease, uuid, now)}" for lease in book.holders_of(uuid)]
 
 
-def _holder(lease: Lease, uuid: str, now: float) -> str:
+def describe_holder(lease: Lease, uuid: str, now: float) -> str:
+    """Say who has a device, since when, and how much of it."""
     who = lease.tenants[0].keeper if lease.tenants else lease.broker
     text = f"{lease.name!r} of {lease.test} (pid {who.pid}) for {now - lease.since:.0f} s"
     share = lease.devices[uuid]

@@ -11,7 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tools import bench_crash, bench_figures, bench_idle, bench_launch, bench_plugin, bench_scale, bench_stop
+from tools import (
+    bench_crash,
+    bench_figures,
+    bench_handoff,
+    bench_idle,
+    bench_launch,
+    bench_plugin,
+    bench_scale,
+    bench_stop,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,6 +33,7 @@ _BENCHMARKS: dict[str, Callable[[bench_figures.Settings], list[bench_figures.Fig
     "ready": bench_launch.ready,
     "plugin": bench_plugin.plugin,
     "idle": bench_idle.idle,
+    "handoff": bench_handoff.handoff,
     "scale": bench_scale.scale,
 }
 

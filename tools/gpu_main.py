@@ -17,7 +17,7 @@ import pynvml
 
 import harness
 from harness import procfs
-from tools import gpu_facts
+from tools import gpu_facts, gpu_table
 from tools import gpu_scenarios as scenarios
 from tools.gpu_scenarios import Trial
 
@@ -62,7 +62,7 @@ def _cases(uuids: list[str], total_mib: int) -> dict[str, Callable[[Trial, str],
 
 
 def _worker(controller: int) -> int:
-    return next(pid for pid in procfs.children(controller) if "execnet" in procfs.command_line(pid))
+    return procfs.children(controller)[0]  # a controller has no watchdog
 
 
 def main() -> int:
@@ -120,6 +120,7 @@ def _once(name: str, run: Callable[[Trial, str], None]) -> Trial:
 def _write(out: Path, about: dict[str, Any], facts: dict[str, Any], trials: list[Trial], wrong: list[str]) -> None:
     content = {"about": about, "facts": facts, "trials": [trial.__dict__ for trial in trials], "wrong": wrong}
     (out / "gpu.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (out / "gpu.md").write_text(gpu_table.markdown(about, facts, trials, wrong), encoding="utf-8")
 
 
 if __name__ == "__main__":

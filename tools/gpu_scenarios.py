@@ -54,7 +54,11 @@ def stranger(uuid: str, mib: int) -> Iterator[subprocess.Popen[bytes]]:
 def judged(trial: Trial, sampler: Sampler, row: harness.DeviceRelease, base_bytes: float, polling: Polling) -> None:
     """Compare what was said of one device with the samples."""
     last_held, first_free = sampler.freed_between(base_bytes)
-    figures = {"verdict": row.verdict, "peak_mib": row.peak_mib, "sampler_gap_ms": round(sampler.period_ms, 2)}
+    figures = {
+        "verdict": row.verdict,
+        "peak_mib": row.peak_mib,
+        "sampler_gap_ms": round(sampler.period_ms, 2),
+    }
     if row.verdict != "freed" or row.freed_at is None:
         trial.wrong.append(f"verdict {row.verdict}, and the sampler says freed: {row}")
     else:
@@ -157,6 +161,13 @@ def stranger_leaves(trial: Trial, state: str, uuid: str) -> None:
         trial.wrong.append(f"a stranger hid that our server held memory: {row}")
 
 
+def _lease(owner: harness.Watchdog, uuid: str, granted: list[float]) -> None:
+    group = owner.group("next", gpus=[uuid])
+    group.lease_gpus()
+    granted.append(time.monotonic())
+    group.stop()
+
+
 def hand_over(trial: Trial, state: str, uuid: str) -> None:
     """See that the next lease is granted when the memory is back, though the old server has not ended."""
     granted: list[float] = []
@@ -170,16 +181,9 @@ def hand_over(trial: Trial, state: str, uuid: str) -> None:
                 ready=harness.http_ok("/health"),
                 grace_s=30.0,
             ).wait_ready(120)
-
-            def wait() -> None:
-                lease = other.group("next", gpus=[uuid])
-                lease.lease_gpus()
-                granted.append(time.monotonic())
-                lease.stop()
-
-            waiter = threading.Thread(target=wait)
+            waiter = threading.Thread(target=_lease, args=(other, uuid, granted))
             waiter.start()
-            time.sleep(0.3)
+            time.sleep(1.0)
             began = time.monotonic()
             report = one.stop([old])
             ended = time.monotonic()
@@ -258,20 +262,22 @@ def killed(trial: Trial, state: str, uuid: str, find: Callable[[int], int], *opt
         while not up.exists() or not up.read_text(encoding="utf-8"):
             assert time.monotonic() - before < 60
             time.sleep(0.01)
-        began = time.monotonic()
-        os.kill(find(run.pid), 9)
+        granted: list[float] = []
         with harness.Watchdog(state_dir=state) as other:
-            group = other.group("next", gpus=[uuid])
-            group.lease_gpus()
-            granted = time.monotonic()
-            group.stop()
+            waiter = threading.Thread(target=_lease, args=(other, uuid, granted))
+            waiter.start()
+            time.sleep(1.0)
+            began = time.monotonic()
+            os.kill(find(run.pid), 9)
+            waiter.join(60)
+            granted_at = granted[0]
         run.kill()
         run.communicate()
         time.sleep(AFTER_S)
-    last_held, first_free = sampler.freed_between(sampler.at(before + 0.02), until=granted + AFTER_S)
+    last_held, first_free = sampler.freed_between(sampler.at(before + 0.02), until=granted_at + AFTER_S)
     trial.figures.update(
         free_after_ms=round((first_free - began) * 1e3, 1),
-        granted_behind_sampler_ms=round((granted - first_free) * 1e3, 1),
+        granted_behind_sampler_ms=round((granted_at - first_free) * 1e3, 1),
     )
-    if granted <= last_held:
+    if granted_at <= last_held:
         trial.wrong.append("the device was granted while its memory was held")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harness.broker.nvml import NoGpuSupport, Nvml
-from harness.broker.readings import Fault
+from harness.broker.readings import Fault, Read
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,15 +28,6 @@ class Opened:
     devices: tuple[Device, ...]
     failure: str
     is_absent: bool = False
-
-
-@dataclass(frozen=True)
-class Read:
-    """A device was read between two monotonic times."""
-
-    uuid: str
-    begun: float
-    reading: Reading | Fault
 
 
 class _Reader:
@@ -72,7 +63,8 @@ class _Reader:
                 self._is_asked = False
             if is_wanted:
                 begun = time.monotonic()
-                self._told(Read(self._uuid, begun, self._read(self._uuid)))
+                reading = self._read(self._uuid)
+                self._told(Read(self._uuid, begun, time.monotonic(), reading))
 
 
 class Readers:

@@ -40,3 +40,13 @@ class Fault:
 
     kind: str
     text: str
+
+
+@dataclass(frozen=True)
+class Read:
+    """A device was read between two monotonic times. While a process ends the driver may keep a reader for seconds."""
+
+    uuid: str
+    begun: float
+    ended: float
+    reading: Reading | Fault

@@ -11,6 +11,8 @@ from harness.broker.readings import Fault, Reading
 if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
+    from harness.broker.readings import Read
+
 # A reading that takes longer is a driver that hangs: it is not waited for.
 ANSWER_S = 5.0
 # How long is looked on where no more can be learnt than that nothing can be told.
@@ -81,19 +83,20 @@ class Release:
         """Give the time since the stop began."""
         return 0.0 if self._began is None else now - self._began
 
-    def feed(self, reading: Reading | Fault, begun: float, others: Others) -> None:
-        """Take a reading that was begun at the monotonic time `begun`; `own` has been brought up to date before."""
-        self.now = reading
-        if isinstance(reading, Reading):
-            self.peak_bytes = max(reading.used_bytes, self.peak_bytes or 0)
-        if self._began is None or begun < self._began:
+    def feed(self, read: Read, others: Others) -> None:
+        """Take a reading; `own` has been brought up to date before."""
+        self.now = read.reading
+        if isinstance(read.reading, Reading):
+            self.peak_bytes = max(read.reading.used_bytes, self.peak_bytes or 0)
+        # One that was begun before says nothing certain of the time after.
+        if self._began is None or read.begun < self._began:
             return
-        self.judgement = self._judge(reading, others)
-        self._has_judged_after_end = self._gone is not None and begun >= self._gone
+        self.judgement = self._judge(read.reading, others)
+        self._has_judged_after_end = self._gone is not None and read.begun >= self._gone
         if self.judgement.verdict != "freed":
             self.freed_at = None
         elif self.freed_at is None:
-            self.freed_at = begun
+            self.freed_at = read.ended
 
     def _judge(self, reading: Reading | Fault, others: Others) -> verdicts.Judgement:
         if self.baseline is None:

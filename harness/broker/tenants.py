@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from harness.broker.book import Book
     from harness.broker.edits import Edits
-    from harness.broker.readers import Read, Readers
-    from harness.broker.readings import Device
+    from harness.broker.readers import Readers
+    from harness.broker.readings import Device, Read
     from harness.lease_messages import Lease, TenantOrder
     from harness.messages import BrokerReport
     from harness.watchdog.log import Log
@@ -204,7 +204,7 @@ class Tenants:
         book = self._book()
         for tenancy in on_it:
             release = tenancy.releases[read.uuid]
-            release.feed(read.reading, read.begun, self._others(book, read.uuid, tenancy))
+            release.feed(read, self._others(book, read.uuid, tenancy))
             if tenancy.held.is_closed:
                 self._hand_over(tenancy, read.uuid)
         self.see_time()

@@ -5,6 +5,7 @@ Source: CUDA C++ Programming Guide, "CUDA Environment Variables"; what it leaves
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from harness.broker.readings import Device
 
 _BUS_ORDER = "PCI_BUS_ID"
+_UUIDS = ("GPU-", "MIG-")
+# As strtol(3) reads a number: spaces and a sign before it, and whatever after it.
+_ORDINAL = re.compile(r"\s*\+?([0-9]+)", re.ASCII)
 
 
 class VisibilityError(ValueError):
@@ -23,30 +27,28 @@ def visible(devices: Sequence[Device], variable: str | None, order: str | None) 
     """Give the devices that a process with these values of CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER sees.
 
     Without the variable it is all of them, and of MIG instances each, though CUDA itself uses one in a process. The
-    first entry that is none hides all that follow. A device that is named twice makes CUDA see none.
+    first entry that is none, or that is of another kind (number, UUID) than the first of all, hides all that follow. A
+    device that is named twice makes CUDA see none.
     """
     if variable is None:
         return list(devices)
     seen: list[Device] = []
+    is_by_uuid = variable.startswith(_UUIDS)  # the first entry says of which kind all of them are
     for entry in variable.split(","):
-        found = _entry(devices, entry.strip(), order)
+        found = _by_uuid(devices, entry) if is_by_uuid else _by_ordinal(devices, entry, order)
         if found is None:
             break
         seen.append(found)
     return seen if len(set(seen)) == len(seen) else []
 
 
-def _entry(devices: Sequence[Device], entry: str, order: str | None) -> Device | None:
-    if entry.startswith(("GPU-", "MIG-")):
-        return _by_uuid(devices, entry)
-    digits = entry[: len(entry) - len(entry.lstrip("0123456789"))]
-    if not digits:
-        return None
+def _by_ordinal(devices: Sequence[Device], entry: str, order: str | None) -> Device | None:
+    number = _ORDINAL.match(entry)
     ordinals = [device for device in devices if not device.parent]
-    if int(digits) >= len(ordinals):
+    if number is None or int(number[1]) >= len(ordinals):
         return None
     _check_order(ordinals, order)
-    return ordinals[int(digits)]
+    return ordinals[int(number[1])]
 
 
 def _check_order(devices: Sequence[Device], order: str | None) -> None:
@@ -59,8 +61,8 @@ def _check_order(devices: Sequence[Device], order: str | None) -> None:
 
 
 def _by_uuid(devices: Sequence[Device], prefix: str) -> Device | None:
-    found = [device for device in devices if device.uuid.startswith(prefix)]
-    return found[0] if len(found) == 1 else None
+    found = [device for device in devices if device.uuid.upper().startswith(prefix.upper())]
+    return found[0] if len(found) == 1 and prefix.startswith(_UUIDS) else None
 
 
 def pick(seen: Sequence[Device], wanted: Sequence[int | str]) -> list[Device]:

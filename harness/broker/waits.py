@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from harness.broker.book import Book
     from harness.broker.edits import Edits
-    from harness.broker.readers import Opened, Read, Readers
-    from harness.broker.readings import Device, Reading
+    from harness.broker.readers import Opened, Readers
+    from harness.broker.readings import Device, Read, Reading
     from harness.lease_messages import Lease
     from harness.watchdog.log import Log
 

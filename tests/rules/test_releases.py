@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.broker.readings import Fault, Reading
+from harness.broker.readings import Fault, Read, Reading
 from harness.broker.releases import ANSWER_S, LONGEST_PAUSE_S, UNTELLABLE_S, Others, Release, pause_s
 
 GIB = 1 << 30
@@ -18,11 +18,15 @@ HANGS = Fault("unknown", "it failed")
 LOST = Fault("lost", "GPU is lost")
 
 
+def feed(release: Release, reading: Reading | Fault, at: float, others: Others) -> None:
+    release.feed(Read("GPU-1", at, at, reading), others)
+
+
 def serving(baseline: Reading | None = EMPTY, seen: Reading = BUSY, own: frozenset[int] = frozenset({OWN})) -> Release:
     """Give a release whose server runs and was seen to hold memory."""
     release = Release(baseline)
     release.own |= own
-    release.feed(seen, 1.0, Others())
+    feed(release, seen, 1.0, Others())
     return release
 
 
@@ -31,7 +35,7 @@ def ended(release: Release, *readings: Reading | Fault, at: float = 10.0) -> Rel
     release.asked(9.0)
     release.gone(10.0)
     for number, reading in enumerate(readings):
-        release.feed(reading, at + number, Others())
+        feed(release, reading, at + number, Others())
     return release
 
 
@@ -51,16 +55,25 @@ def test_memory_that_is_back_is_free_from_the_first_reading_that_shows_it() -> N
     assert release.is_judged
 
 
+def test_a_reading_that_the_driver_keeps_counts_from_its_end() -> None:
+    release = serving()
+    release.asked(9.0)
+    release.feed(Read("GPU-1", 8.9, 10.5, EMPTY), Others())
+    assert release.freed_at is None
+    release.feed(Read("GPU-1", 9.1, 10.6, EMPTY), Others())
+    assert release.freed_at == 10.6
+
+
 def test_a_reading_from_before_the_end_frees_nothing() -> None:
     release = serving()
     release.asked(9.0)
-    release.feed(EMPTY, 8.9, Others())
+    feed(release, EMPTY, 8.9, Others())
     assert release.freed_at is None
-    release.feed(EMPTY, 9.5, Others())
+    feed(release, EMPTY, 9.5, Others())
     assert release.freed_at == 9.5
     release.gone(10.0)
     assert release.verdict(10.0, LIMIT_S) is None, "it may have taken memory again in its last moment"
-    release.feed(EMPTY, 10.0, Others())
+    feed(release, EMPTY, 10.0, Others())
     assert release.verdict(10.0, LIMIT_S) == "freed"
     assert release.freed_at == 9.5
 
@@ -68,9 +81,9 @@ def test_a_reading_from_before_the_end_frees_nothing() -> None:
 def test_memory_that_comes_back_to_the_server_is_not_free() -> None:
     release = serving()
     release.asked(9.0)
-    release.feed(EMPTY, 9.1, Others())
+    feed(release, EMPTY, 9.1, Others())
     assert release.is_back_early
-    release.feed(BUSY, 9.2, Others())
+    feed(release, BUSY, 9.2, Others())
     assert not release.is_back_early
     ended(release, EMPTY)
     assert release.freed_at == 10.0
@@ -79,7 +92,7 @@ def test_memory_that_comes_back_to_the_server_is_not_free() -> None:
 def test_a_server_that_was_never_seen_on_the_device_hands_nothing_over_early() -> None:
     release = Release(EMPTY)
     release.asked(9.0)
-    release.feed(EMPTY, 9.1, Others())
+    feed(release, EMPTY, 9.1, Others())
     assert release.freed_at == 9.1
     assert not release.is_back_early, "it may be about to take memory"
 
@@ -116,7 +129,7 @@ def test_what_cannot_be_told_is_unknown_after_a_moment() -> None:
     release = serving(own=frozenset())
     release.asked(9.0)
     release.gone(10.0)
-    release.feed(TOTALS, 10.0, Others(frozenset(), are_there=True))
+    feed(release, TOTALS, 10.0, Others(frozenset(), are_there=True))
     assert release.verdict(10.0 + UNTELLABLE_S - 0.1, LIMIT_S) is None
     assert release.verdict(10.0 + UNTELLABLE_S, LIMIT_S) == "unknown"
     assert release.is_judged
@@ -148,7 +161,7 @@ def test_a_neighbours_memory_is_not_the_servers() -> None:
     release = serving()
     release.asked(9.0)
     release.gone(10.0)
-    release.feed(shared, 10.0, Others(frozenset({STRANGER}), are_there=True))
+    feed(release, shared, 10.0, Others(frozenset({STRANGER}), are_there=True))
     assert release.verdict(10.0, LIMIT_S) == "freed"
     assert release.judgement.foreign == ()
 

@@ -174,13 +174,14 @@ def _nvml() -> list[Finding]:
 def _device(uuid: str, name: str, reading: Reading | Fault) -> Finding:
     what = f"GPU {uuid}"
     if isinstance(reading, Fault):
-        return Finding(what, is_fine=False, text=f"{name} cannot be read: {reading.text}", advice="nvidia-smi -q")
+        advice = "nvidia-smi -q says more; a GPU that is lost needs a reset or a reboot"
+        return Finding(what, is_fine=False, text=f"{name} cannot be read: {reading.text}", advice=advice)
     text = f"{name}, {reading.used_bytes >> 20} of {reading.total_bytes >> 20} MiB in use"
     if reading.processes is None:
         return Finding(
-            what, is_fine=True, text=f"{text}; who uses it is not told, so a neighbour makes verdicts unknown"
+            what, is_fine=True, text=f"{text}; by whom is not told, so a neighbour may make a verdict unknown"
         )
-    return Finding(what, is_fine=True, text=f"{text} by {len(reading.processes)} processes")
+    return Finding(what, is_fine=True, text=f"{text} by {_count(len(reading.processes), 'process', 'es')}")
 
 
 def _gpu_store(directory: Path) -> Finding:
@@ -192,8 +193,11 @@ def _gpu_store(directory: Path) -> Finding:
         found = book.forget_other_boot(book.Book.from_json_dict(content), ledger.boot())
     except (StoreError, ValueError) as error:
         return Finding("GPU store", is_fine=False, text=str(error))
-    text = (
-        f"{terms.store}: {len(found.leases)} leases, {len(found.waiters)} waiting, {len(found.quarantines)} quarantined"
-    )
-    advice = "python -m harness gpus says why; --release all lifts it" if found.quarantines else ""
+    counts = f"{_count(len(found.leases), 'lease', 's')}, {len(found.waiters)} waiting"
+    text = f"{terms.store}: {counts}, {len(found.quarantines)} quarantined"
+    advice = "python -m harness gpus says why, and --release lifts it" if found.quarantines else ""
     return Finding("GPU store", is_fine=not found.quarantines, text=text, advice=advice)
+
+
+def _count(number: int, what: str, plural: str) -> str:
+    return f"{number} {what}{'' if number == 1 else plural}"

@@ -21,12 +21,13 @@ from harness.errors import HarnessError, SpecError
 from harness.watchdog import ledger
 
 if TYPE_CHECKING:
-    from harness.broker.book import Book, Lease, Who
+    from harness.broker.book import Book, Lease, Waiter, Who
 
 _SURVEY_S = 5.0
-_LOCK_S = 5.0
+# It is held for well under a millisecond at a time, but by a stopped process.
+_LOCK_S = 2.0
 _MIB = 1 << 20
-_HEADINGS = ("GPU", "USED MiB", "OF", "BEFORE", "UUID", "NAME", "STATE")
+_HEADINGS = ("GPU", "USED", "TOTAL", "BASELINE MiB", "UUID", "NAME", "STATE")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def look(given_state_dir: str | None, release: str | None = None) -> Gpus:
         raise HarnessError(str(error)) from None
     now = time.time()
     devices = tuple(_device_row(device, book, seen, now) for device in _devices(book, seen))
-    waiters = tuple(_waiter_row(book, number, now) for number in range(len(book.waiters)))
+    waiters = tuple(_waiter_row(book, waiter, now) for waiter in sorted(book.waiters, key=lambda one: one.ticket))
     is_fine = not any(row.quarantine or row.fault for row in devices) and (seen.is_absent or not seen.failure)
     return Gpus(directory, seen.failure, devices, waiters, released, is_fine)
 
@@ -144,7 +145,7 @@ def _chosen(wanted: str, book: Book, seen: Survey) -> list[str]:
         found = [device.uuid for device in devices if wanted and device.uuid.startswith(wanted)]
     if len(found) != 1:
         known = ", ".join(device.uuid for device in devices) or "none"
-        raise SpecError(f"{wanted!r} is {len(found) or 'none'} of the GPUs that there are: {known}")
+        raise SpecError(f"{wanted!r} names {len(found) or 'none'} of the GPUs that there are: {known}")
     return found
 
 
@@ -228,8 +229,7 @@ def _holder_row(lease: Lease, uuid: str, now: float) -> HolderRow:
     )
 
 
-def _waiter_row(book: Book, number: int, now: float) -> WaiterRow:
-    waiter = sorted(book.waiters, key=lambda found: found.ticket)[number]
+def _waiter_row(book: Book, waiter: Waiter, now: float) -> WaiterRow:
     text = words.describe_wait(book, waiter.id, now)
     return WaiterRow(waiter.name, waiter.test, waiter.broker.pid, _age_s(waiter.since, now), text)
 
@@ -245,7 +245,7 @@ def lines(found: Gpus) -> list[str]:
     """Give everything as lines of text, which may hold what a process has chosen itself."""
     said = list(found.released)
     if found.nvml:
-        said.append(f"no GPU can be read: {found.nvml}")
+        said.append(found.nvml)
     if found.devices:
         said += _columns([_HEADINGS, *(cells for row in found.devices for cells in _cells(row))])
     if found.waiters:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import select
+import functools
+import threading
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from harness.broker.readers import Opened, Read, Readers
+from harness.broker.nvml import NoGpuSupport, Nvml
 from harness.broker.readings import Fault
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from harness.broker.readings import Device, Reading
+
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
 class Survey:
     """All devices, and a reading of each, or why there is none.
 
-    `failure` says why there are no devices, "" where that is not out of order; `is_absent`: there is no NVIDIA driver.
+    `failure` says why NVML tells of no devices, "" if it does; `is_absent`: there is no NVIDIA driver, so nothing is out
+    of order.
     """
 
     devices: tuple[Device, ...] = ()
@@ -27,31 +33,53 @@ class Survey:
     is_absent: bool = False
 
 
-def survey(limit_s: float) -> Survey:
-    """Read all devices, at the same time, for at most `limit_s` seconds.
+class _Question(threading.Thread, Generic[_Answer]):
+    """A call in a thread of its own, which ends with the call."""
 
-    Each call leaves its threads behind: it is for programs that end soon.
-    """
-    readers = Readers()
+    def __init__(self, call: Callable[[], _Answer]) -> None:
+        super().__init__(name="asks NVML", daemon=True)
+        self._call = call
+        self._answer: _Answer | None = None
+        self.start()
+
+    def run(self) -> None:
+        self._answer = self._call()
+
+    def answer(self, deadline: float) -> _Answer | None:
+        """Wait for the answer; None if there is none in time."""
+        self.join(max(0.0, deadline - time.monotonic()))
+        return self._answer
+
+
+def survey(limit_s: float) -> Survey:
+    """Read all devices, at the same time, for about `limit_s` seconds at most."""
     deadline = time.monotonic() + limit_s
-    opened: Opened | None = None
-    readings: dict[str, Reading | Fault] = {}
-    while (opened is None or len(readings) < len(opened.devices)) and _has_news(readers, deadline):
-        for news in readers.take():
-            if isinstance(news, Read):
-                readings[news.uuid] = news.reading
-            else:
-                opened = news
-                for device in news.devices:
-                    readers.ask(device.uuid)
     silence = f"NVML has not answered for {limit_s:g} s: the driver hangs"
+    opened = _Question(_open).answer(deadline)
     if opened is None:
         return Survey(failure=silence)
-    readings = {device.uuid: readings.get(device.uuid, Fault("unknown", silence)) for device in opened.devices}
-    return Survey(opened.devices, readings, opened.failure, opened.is_absent)
+    nvml, found = opened
+    if nvml is None:
+        return found
+    questions = {device.uuid: _Question(functools.partial(_read, nvml, device.uuid)) for device in found.devices}
+    answers = {uuid: question.answer(deadline) for uuid, question in questions.items()}
+    if None not in answers.values():
+        _Question(nvml.close).answer(deadline)
+    return Survey(found.devices, {uuid: answer or Fault("unknown", silence) for uuid, answer in answers.items()})
 
 
-def _has_news(readers: Readers, deadline: float) -> bool:
-    poll = select.poll()
-    poll.register(readers.descriptor, select.POLLIN)
-    return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+def _open() -> tuple[Nvml | None, Survey]:
+    try:
+        nvml = Nvml()
+        return nvml, Survey(tuple(nvml.devices()))
+    except NoGpuSupport as error:
+        return None, Survey(failure=str(error), is_absent=error.is_absent)
+    except Exception as error:  # noqa: BLE001 - people are told, whatever it is
+        return None, Survey(failure=f"NVML failed: {type(error).__name__}: {error}")
+
+
+def _read(nvml: Nvml, uuid: str) -> Reading | Fault:
+    try:
+        return nvml.read(uuid)
+    except Exception as error:  # noqa: BLE001 - as above
+        return Fault("unknown", f"NVML failed: {type(error).__name__}: {error}")

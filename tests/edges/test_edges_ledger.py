@@ -526,9 +526,12 @@ def test_the_doctor_looks_at_everything(
 ) -> None:
     assert command_line.main(["doctor", "--state-dir", str(state), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [each["what"] for each in found] == [
+    whats = [each["what"] for each in found]
+    assert whats[:8] == [
         *("platform", "kernel", "kill path", "RLIMIT_NOFILE", "RLIMIT_NPROC", "state directory", "file locks", "ledger")
     ]
+    assert whats[8:] == [what for what in whats[8:] if what == "NVML" or what.startswith("GPU ")]
+    assert whats[-1] == "GPU store"
     record(state, members=[bystander])
     assert command_line.main(["doctor", "--state-dir", str(state)]) == 1
     advice = f"python -m harness sweep --yes --state-dir {state} ends them"

@@ -23,8 +23,8 @@ _Answer = TypeVar("_Answer")
 class Survey:
     """All devices, and a reading of each, or why there is none.
 
-    `failure` says why NVML tells of no devices, "" if it does; `is_absent`: there is no NVIDIA driver, so nothing is out
-    of order.
+    `failure` says why NVML tells of no devices, "" if it does; `is_absent`: there is no NVIDIA driver, so nothing is
+    out of order.
     """
 
     devices: tuple[Device, ...] = ()

@@ -339,7 +339,7 @@ def test_a_lease_ends_that_nobody_alive_is_known_to_have(
     standin: Standin, broker: Who | None, *, is_ended: bool
 ) -> None:
     """Of another PID namespace it would never end else; of one who is alive it is not taken."""
-    put(standin.state_dir, Book(leases=(lease(broker=broker, devices={FIRST: None, SECOND: None}),)))
+    put(standin.state_dir, quarantined(leases=(lease(broker=broker, devices={FIRST: 2000, SECOND: 2000}),)))
     code, text = gpus("--release", "all")
     assert code == 0
     assert set(book_of(standin.state_dir).leases[0].devices) == {FIRST, SECOND}, "`all` is all quarantines"

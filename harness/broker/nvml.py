@@ -6,6 +6,7 @@ Sources: NVML API Reference Guide; the source of nvidia-ml-py 13.615.
 from __future__ import annotations
 
 import os
+import re
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _Answer = TypeVar("_Answer")
 _PAUSES_S = (0.001, 0.002, 0.004)
 _MOST_LOOKS = 5
+_NUMBERS = re.compile(r"(\d+)\.(\d+)")
 _KINDS = ("Compute", "Graphics", "MPSCompute")
 
 
@@ -78,6 +80,15 @@ class Nvml:
             raise self._no_support(error) from None
         self._pid = os.getpid()
         self._handles = {}
+        self._has_lists = self._knows_lists()
+
+    def _knows_lists(self) -> bool:
+        # Drivers 535.43 to 535.98 fill lists with longer rows than all others (nvitop #79): bytes would pass for pids.
+        try:
+            version = _NUMBERS.match(_text(self._again(self._nvml.nvmlSystemGetDriverVersion)))
+        except self._errors:
+            return True
+        return version is None or not (535, 43) <= (int(version[1]), int(version[2])) < (535, 104)
 
     def _initialised(self, call: Callable[[], _Answer]) -> _Answer:
         """Call, and initialise first where that is lost: after a fork, and else once in a process."""
@@ -220,6 +231,8 @@ class Nvml:
 
     def _processes(self, handle: Any) -> dict[int, int | None] | None:
         """Give every process that uses the device; None if that is not told."""
+        if not self._has_lists:
+            return None
         found: dict[int, int | None] = {}
         for kind in _KINDS:
             rows = self._listed(kind, handle)

@@ -129,6 +129,10 @@ class Standin(Machine):
         """Set a mark: blind, untold, restless, mig.UUID, or missing.FUNCTION."""
         (self.folder / name).touch()
 
+    def set_driver(self, version: str) -> None:
+        """Set the driver's version."""
+        self._write("driver", version)
+
     def count_calls(self) -> None:
         """Begin to note calls, and forget those that were noted."""
         (self.folder / "calls").write_bytes(b"")

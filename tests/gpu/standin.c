@@ -5,6 +5,7 @@
  *                      lists); it counts while exactly this process lives, and LINGER_MS longer, in which it is listed
  *                      if LISTED is 1
  *   residue.UUID       MiB that no listed process holds
+ *   driver             the driver's version
  *   mig.UUID           this GPU is in MIG mode even if it has no instance
  *   blind              no process is listed, as in a PID namespace
  *   restless           each list of processes differs from the one before
@@ -253,7 +254,10 @@ int nvmlShutdown(void) {
 const char *nvmlErrorString(int code) { return (void)code, "error of the stand-in"; }
 
 int nvmlSystemGetDriverVersion(char *text, unsigned length) {
-    return snprintf(text, length, "0.stand-in"), faults("nvmlSystemGetDriverVersion", "any");
+    FILE *file = open_file("r", "driver");
+    if (!file || !fgets(text, (int)length, file)) snprintf(text, length, "stand-in");
+    if (file) fclose(file);
+    return faults("nvmlSystemGetDriverVersion", "any");
 }
 
 int nvmlDeviceGetCount_v2(unsigned *count) {

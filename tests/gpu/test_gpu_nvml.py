@@ -362,6 +362,34 @@ def test_without_any_form_of_a_list_only_compute_is_missed(user: User, gpu: str)
     assert user.reading(gpu)["processes"] is None
 
 
+@pytest.mark.parametrize(
+    ("version", "is_told"),
+    [
+        ("530.30.02", True),
+        ("535.43", False),
+        ("535.54.03", False),
+        ("535.98", False),
+        ("535.104.05", True),
+        ("580.159.04", True),
+        ("a strange one", True),
+        (None, True),
+    ],
+)
+def test_lists_of_a_driver_whose_rows_are_longer_are_not_believed(
+    standin: Standin, gpu: str, version: str | None, *, is_told: bool
+) -> None:
+    if version is None:
+        standin.fail("nvmlSystemGetDriverVersion", UNKNOWN)
+    else:
+        standin.set_driver(version)
+    standin.hold(gpu, ME, 100)
+    with using(standin) as user:
+        user.call("open")
+        reading = user.reading(gpu)
+    assert reading["used_bytes"] == 100 * MIB
+    assert reading["processes"] == ({ME: 100 * MIB} if is_told else None)
+
+
 # ---- of one moment
 
 
@@ -497,6 +525,7 @@ def test_a_forked_child_initialises_for_itself(user: User, gpu: str, call: str) 
     answer = user.call("child", *([call, gpu] if call == "read" else [call]))
     assert "reading" in answer or len(answer["devices"]) == 2, answer
     assert user.next_answer() == {"child ended": True}
+    assert user.standin.calls()[0] == INIT, "the parent's handles are not tried first"
     assert user.standin.calls(INIT) == [INIT]
     assert user.standin.calls(BY_UUID, gpu) or call == "devices", "handles are the parent's"
     user.reading(gpu)

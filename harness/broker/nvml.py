@@ -6,7 +6,10 @@ Sources: NVML API Reference Guide; the source of nvidia-ml-py 13.615.
 from __future__ import annotations
 
 import os
+import re
 import time
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.broker.readings import Device, Fault, Reading
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 _Answer = TypeVar("_Answer")
 _PAUSES_S = (0.001, 0.002, 0.004)
 _MOST_LOOKS = 5
+_NUMBERS = re.compile(r"(\d+)\.(\d+)")
 _KINDS = ("Compute", "Graphics", "MPSCompute")
 
 
@@ -43,6 +47,7 @@ class Nvml:
             raise NoGpuSupport("the Python package nvidia-ml-py is not installed: pip install nvidia-ml-py") from None
         self._nvml: Any = pynvml
         self._pid = 0
+        self._renewed_in = 0
         self._handles: dict[str, Any] = {}
         self._kinds_of_error()
         self._start()
@@ -61,21 +66,48 @@ class Nvml:
         self._lost = {nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_RESET_REQUIRED, nvml.NVML_ERROR_IN_USE}
         self._untold = {nvml.NVML_ERROR_NO_PERMISSION, nvml.NVML_ERROR_NOT_SUPPORTED, nvml.NVML_ERROR_NO_DATA}
         self._unknown_device = {nvml.NVML_ERROR_NOT_FOUND, nvml.NVML_ERROR_INVALID_ARGUMENT}
-        # What is raised where the driver is older than the package; it is no NVMLError.
-        self._mismatch: Any = getattr(nvml, "NVMLLibraryMismatchError", nvml.NVMLError)
+        # The second is raised where the driver is older than the package; it is no NVMLError, and has no number.
+        self._errors: tuple[Any, ...] = (nvml.NVMLError, getattr(nvml, "NVMLLibraryMismatchError", nvml.NVMLError))
+
+    def _number(self, error: Any) -> int:
+        number: int = getattr(error, "value", self._nvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+        return number
 
     def _start(self) -> None:
-        nvml = self._nvml
         try:
-            nvml.nvmlInit()
-        except nvml.NVMLError as error:
+            self._again(self._nvml.nvmlInit)
+        except self._errors as error:
             raise self._no_support(error) from None
         self._pid = os.getpid()
         self._handles = {}
+        self._has_lists = self._knows_lists()
+
+    def _knows_lists(self) -> bool:
+        # Drivers 535.43 to 535.98 fill lists with longer rows than all others (nvitop #79): bytes would pass for pids.
+        try:
+            version = _NUMBERS.match(_text(self._again(self._nvml.nvmlSystemGetDriverVersion)))
+        except self._errors:
+            return True
+        return version is None or not (535, 43) <= (int(version[1]), int(version[2])) < (535, 104)
+
+    def _initialised(self, call: Callable[[], _Answer]) -> _Answer:
+        """Call, and initialise first where that is lost: after a fork, and else once in a process."""
+        if self._pid != os.getpid():
+            self._start()
+        try:
+            return call()
+        except self._errors as error:
+            is_lost = self._number(error) == self._nvml.NVML_ERROR_UNINITIALIZED
+            if not is_lost or self._renewed_in == os.getpid():
+                raise
+        self._renewed_in = os.getpid()
+        self._start()
+        return call()
 
     def _no_support(self, error: Any) -> NoGpuSupport:
         nvml = self._nvml
-        if error.value == nvml.NVML_ERROR_LIBRARY_NOT_FOUND:
+        number = self._number(error)
+        if number == nvml.NVML_ERROR_LIBRARY_NOT_FOUND:
             return NoGpuSupport(
                 "this machine has no GPU that NVML knows: libnvidia-ml.so.1, which comes with NVIDIA's driver, is not"
                 " found (in a container it has to be let in: --gpus, or NVIDIA_VISIBLE_DEVICES)",
@@ -87,13 +119,13 @@ class Nvml:
             " reboot, or reload the driver",
             nvml.NVML_ERROR_FUNCTION_NOT_FOUND: "NVIDIA's driver is too old for NVML's initialisation",
         }
-        return NoGpuSupport(advice.get(error.value, f"NVML cannot be initialised: {error}"))
+        return NoGpuSupport(advice.get(number, f"NVML cannot be initialised: {error}"))
 
     def close(self) -> None:
         """Let go of NVML."""
         try:
             self._nvml.nvmlShutdown()
-        except self._nvml.NVMLError:
+        except self._errors:
             return  # it is not initialised any more
 
     # ---- devices
@@ -104,77 +136,75 @@ class Nvml:
         Raises NoGpuSupport if even their number is not told. A device that cannot be named is left out.
         """
         try:
-            count: int = self._again(self._nvml.nvmlDeviceGetCount)
+            return self._initialised(self._devices)
         except self._errors as error:
             raise NoGpuSupport(f"NVML does not say which GPUs there are: {error}") from None
+
+    def _devices(self) -> list[Device]:
+        count: int = self._again(self._nvml.nvmlDeviceGetCount)
         return [device for index in range(count) for device in self._devices_at(index)]
 
     def _devices_at(self, index: int) -> list[Device]:
         nvml = self._nvml
         try:
             handle = self._again(nvml.nvmlDeviceGetHandleByIndex, index)
-            device = self._device(handle, index, "")
+            device = self._device(handle, Device("", index, "GPU", 0))
+            if not self._is_in_mig_mode(handle):
+                return [device]
+            places = self._again(nvml.nvmlDeviceGetMaxMigDeviceCount, handle)
         except self._errors:
             return []
-        if not self._is_in_mig_mode(handle):
-            return [device]
-        places = range(self._again(nvml.nvmlDeviceGetMaxMigDeviceCount, handle))
-        return [found for place in places for found in self._instances_at(handle, place, device)]
+        return [found for place in range(places) for found in self._instances_at(handle, place, device)]
 
     def _instances_at(self, handle: Any, place: int, parent: Device) -> list[Device]:
         try:
-            instance = self._nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place)
-            return [self._device(instance, parent.index, parent.uuid)]
+            instance = self._again(self._nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, place)
+            return [self._device(instance, replace(parent, parent=parent.uuid))]
         except self._errors:
             return []  # no instance has been made there
 
     def _is_in_mig_mode(self, handle: Any) -> bool:
         try:
-            current, _pending = self._nvml.nvmlDeviceGetMigMode(handle)
+            current, _pending = self._again(self._nvml.nvmlDeviceGetMigMode, handle)
         except self._errors:
             return False  # this kind of GPU has no such mode
         return bool(current == self._nvml.NVML_DEVICE_MIG_ENABLE)
 
-    def _device(self, handle: Any, index: int, parent: str) -> Device:
-        uuid = _text(self._nvml.nvmlDeviceGetUUID(handle))
-        name = _text(self._nvml.nvmlDeviceGetName(handle))
+    def _device(self, handle: Any, known: Device) -> Device:
+        """Name a device; it must have a UUID, and what else is not told is as `known`."""
+        uuid = _text(self._again(self._nvml.nvmlDeviceGetUUID, handle))
         self._handles[uuid] = handle
-        try:
-            total = self._memory(handle).total_bytes
-        except self._errors:
-            total = 0
-        return Device(uuid, index, name, total, parent)
+        name, total_bytes = known.name, 0
+        with suppress(*self._errors):
+            name = _text(self._again(self._nvml.nvmlDeviceGetName, handle))
+        with suppress(*self._errors):
+            total_bytes = self._memory(handle).total_bytes
+        return replace(known, uuid=uuid, name=name, total_bytes=total_bytes)
 
     # ---- readings
-
-    @property
-    def _errors(self) -> tuple[Any, ...]:
-        return (self._nvml.NVMLError, self._mismatch)
 
     def read(self, uuid: str) -> Reading | Fault:
         """Read a device's memory and processes, as of one moment."""
         try:
-            if self._pid != os.getpid():
-                self._start()  # NVML's state does not outlive a fork
-            return self._read(self._handle(uuid))
+            return self._initialised(lambda: self._read(self._handle(uuid)))
         except NoGpuSupport as error:
             return Fault("unknown", str(error))
         except self._errors as error:
+            self._handles.pop(uuid, None)  # a device that comes back may have another
             return self._fault(uuid, error)
 
     def _handle(self, uuid: str) -> Any:
-        if uuid not in self._handles:
-            self._handles[uuid] = self._again(self._nvml.nvmlDeviceGetHandleByUUID, uuid)
-        return self._handles[uuid]
+        handle = self._handles.get(uuid)
+        if handle is None:
+            handle = self._handles[uuid] = self._again(self._nvml.nvmlDeviceGetHandleByUUID, uuid)
+        return handle
 
     def _fault(self, uuid: str, error: Any) -> Fault:
-        number = getattr(error, "value", None)
+        number = self._number(error)
         if number in self._lost:
             return Fault("lost", f"{error}")
         if number in self._unknown_device:
             return Fault("unknown", f"there is no such device: {uuid}")
-        if number == self._nvml.NVML_ERROR_UNINITIALIZED:
-            self._pid = 0  # the next reading begins anew
         return Fault("unknown", f"{error}")
 
     def _read(self, handle: Any) -> Reading:
@@ -194,25 +224,29 @@ class Nvml:
             memory = self._again(nvml.nvmlDeviceGetMemoryInfo, handle, nvml.nvmlMemory_v2)
             return Reading(memory.used, memory.total, 2, None)
         except self._errors as error:
-            if getattr(error, "value", self._missing[0]) not in self._missing:
+            if self._number(error) not in self._missing:
                 raise
         memory = self._again(nvml.nvmlDeviceGetMemoryInfo, handle)
         return Reading(memory.used, memory.total, 1, None)
 
     def _processes(self, handle: Any) -> dict[int, int | None] | None:
         """Give every process that uses the device; None if that is not told."""
+        if not self._has_lists:
+            return None
         found: dict[int, int | None] = {}
         for kind in _KINDS:
             rows = self._listed(kind, handle)
-            if rows is None and kind == "Compute":
+            if rows is None:
                 return None
-            for pid, held in rows or ():
+            for pid, held in rows:
                 known = found.get(pid)
                 # One that computes and draws is in two lists, with all that it holds.
                 found[pid] = held if known is None else max(known, held or 0)
         return found
 
     def _listed(self, kind: str, handle: Any) -> list[tuple[int, int | None]] | None:
+        # Where there is nothing but compute, its list is all; without that of compute there is none.
+        unsupported: list[tuple[int, int | None]] | None = None if kind == "Compute" else []
         for version in ("_v3", "_v2"):
             ask = getattr(self._nvml, f"nvmlDeviceGet{kind}RunningProcesses{version}", None)
             if ask is None:
@@ -220,12 +254,12 @@ class Nvml:
             try:
                 return [(row.pid, row.usedGpuMemory) for row in self._again(ask, handle)]
             except self._errors as error:
-                number = getattr(error, "value", self._missing[0])
+                number = self._number(error)
                 if number in self._untold:
-                    return None
+                    return unsupported if number == self._nvml.NVML_ERROR_NOT_SUPPORTED else None
                 if number not in self._missing:
                     raise
-        return None
+        return unsupported
 
     def _again(self, call: Callable[..., _Answer], *arguments: Any) -> _Answer:
         """Call, and call again after a pause where the error is one that passes."""

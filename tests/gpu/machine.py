@@ -22,11 +22,12 @@ _MIB = 1 << 20
 IS_REAL = os.environ.get("HARNESS_TEST_GPUS") == "real"
 
 
-def build(folder: Path) -> Path:
-    """Compile the stand-in, and give the library."""
+def build(folder: Path, without: Sequence[str] = ()) -> Path:
+    """Compile the stand-in, and give the library. `without`: functions that an older driver does not have."""
     library = folder / "libnvidia-ml.so.1"
-    command = ["cc", "-Wall", "-Wextra", "-Werror", "-O1", "-fPIC", "-shared", "-o", str(library)]
-    subprocess.run([*command, str(_HERE / "standin.c"), "-ldl"], check=True, capture_output=True)
+    command = ["cc", "-Wall", "-Wextra", "-Werror", "-O1", "-fPIC", "-shared", "-pthread", "-o", str(library)]
+    renamed = [f"-D{function}={function}_is_missing" for function in without]
+    subprocess.run([*command, *renamed, str(_HERE / "standin.c"), "-ldl"], check=True, capture_output=True)
     return library
 
 
@@ -102,28 +103,50 @@ class Standin(Machine):
         """Set the devices, each a UUID and a name, and the MIG instances, each a UUID and the UUID of its GPU."""
         lines = [f"{uuid}|{name}|{total_mib}|480|\n" for uuid, name in devices]
         lines += [f"{uuid}|MIG 1g.10gb|9728|0|{parent}\n" for uuid, parent in instances]
-        (self.folder / "devices").write_text("".join(lines), encoding="utf-8")
+        self._write("devices", "".join(lines))
 
     def hold(self, uuid: str, pid: int, mib: int, kind: str = "c") -> None:
-        """Have a process hold memory."""
+        """Have a process hold memory; `kind` is some of c, g and m: compute, graphics, MPS."""
         start = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-        (self.folder / "holds" / f"{uuid}.{pid}").write_text(f"{mib} {kind} {start} 0 0", encoding="utf-8")
+        self._write(f"holds/{uuid}.{pid}", f"{mib} {kind} {start} 0 0")
 
     def set_residue(self, uuid: str, mib: int) -> None:
         """Have memory held by nobody who is listed."""
-        (self.folder / f"residue.{uuid}").write_text(str(mib), encoding="utf-8")
+        self._write(f"residue.{uuid}", str(mib))
 
     def fail(self, function: str, code: int, *, uuid: str = "any", count: int = -1, seconds: float = 0.0) -> None:
-        """Have a function fail; `count` -1 is each time. It blocks for `seconds` first."""
-        (self.folder / f"fault.{function}.{uuid}").write_text(f"{code} {count} {seconds}", encoding="utf-8")
+        """Have a function ("any": each that is called for `uuid`) fail; `count` -1 is each time.
+
+        It blocks for `seconds` first.
+        """
+        self._write(f"fault.{function}.{uuid}", f"{code} {count} {seconds}")
 
     def mend(self, function: str, uuid: str = "any") -> None:
         """Have a function work again, also for those that it blocks."""
         (self.folder / f"fault.{function}.{uuid}").unlink()
 
     def mark(self, name: str) -> None:
-        """Set a mark: blind, untold, or missing.FUNCTION."""
+        """Set a mark: blind, untold, restless, mig.UUID, or missing.FUNCTION."""
         (self.folder / name).touch()
+
+    def set_driver(self, version: str) -> None:
+        """Set the driver's version."""
+        self._write("driver", version)
+
+    def count_calls(self) -> None:
+        """Begin to note calls, and forget those that were noted."""
+        (self.folder / "calls").write_bytes(b"")
+
+    def calls(self, function: str = "", uuid: str = "") -> list[str]:
+        """Give the functions that were called since `count_calls`, in order; only those of a name, or for a device."""
+        lines = [line.split() for line in (self.folder / "calls").read_text(encoding="utf-8").splitlines()]
+        return [name for name, whose in lines if function in ("", name) and uuid in ("", whose)]
+
+    def _write(self, name: str, text: str) -> None:
+        # In one step: the library may be reading.
+        fresh = self.folder / f"fresh.{name.replace('/', '.')}"
+        fresh.write_text(text, encoding="utf-8")
+        fresh.rename(self.folder / name)
 
 
 class RealMachine(Machine):

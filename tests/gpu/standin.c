@@ -1,29 +1,37 @@
 /* A stand-in for libnvidia-ml.so.1 whose state is in files, beside the library or in $STANDIN_NVML:
  *
  *   devices            a line for each: UUID|name|total MiB|reserved MiB|UUID of the GPU whose MIG instance it is
- *   holds/UUID.PID     "MIB KIND START LINGER_MS LISTED": what a process holds (KIND c, g or m); it counts while exactly
- *                      this process lives, and LINGER_MS longer, in which it is listed if LISTED is 1
+ *   holds/UUID.PID     "MIB KINDS START LINGER_MS LISTED": what a process holds (KINDS: some of c, g, m; it is in these
+ *                      lists); it counts while exactly this process lives, and LINGER_MS longer, in which it is listed
+ *                      if LISTED is 1
  *   residue.UUID       MiB that no listed process holds
+ *   driver             the driver's version
+ *   mig.UUID           this GPU is in MIG mode even if it has no instance
  *   blind              no process is listed, as in a PID namespace
+ *   restless           each list of processes differs from the one before
  *   untold             what a process holds is not told
  *   missing.FUNCTION   the driver does not have this function
  *   fault.FUNCTION.UUID   "CODE COUNT SECONDS": the next COUNT calls (-1: all) return CODE after SECONDS, or as soon as
- *                      the file is gone; UUID may be "any"
+ *                      the file is gone; UUID may be "any", and so may FUNCTION where there is a UUID
+ *   calls              if it is there, each call adds a line to it: FUNCTION UUID
  *
- * Everything is read anew in each call. Only what the harness calls is here.
+ * Everything is read anew in each call. Only what the harness calls is here. As in the real library, what was initialised
+ * before a fork is not initialised in the child, and threads may call at the same time.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { OK = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7, FUNCTION_NOT_FOUND = 13 };
+enum { OK = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7, FUNCTION_NOT_FOUND = 13 };
 enum { MOST = 64 };
 #define MIB (1ULL << 20)
 
@@ -35,17 +43,24 @@ struct memory_v2 { unsigned version; unsigned long long total, reserved, free, u
 /* Handles point into this: their uuids never change. */
 static struct device handles[MOST];
 static int handle_count;
+static pthread_mutex_t handles_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static pid_t initialised_in;
+static int initialisations;
+
+static char beside[4096];
+
+__attribute__((constructor)) static void find_beside(void) {
+    Dl_info info;
+    if (!dladdr((void *)find_beside, &info)) return;
+    snprintf(beside, sizeof beside, "%s", info.dli_fname);
+    char *slash = strrchr(beside, '/');
+    if (slash) *slash = 0;
+}
 
 static const char *directory(void) {
-    static char path[4096];
     const char *named = getenv("STANDIN_NVML");
-    if (named) return named;
-    Dl_info info;
-    if (!path[0] && dladdr((void *)directory, &info)) {
-        snprintf(path, sizeof path, "%s", info.dli_fname);
-        *strrchr(path, '/') = 0;
-    }
-    return path;
+    return named ? named : beside;
 }
 
 static FILE *open_file(const char *mode, const char *format, ...) {
@@ -80,16 +95,18 @@ static int load(struct device *devices) {
 }
 
 static struct device *handle_of(const char *uuid) {
-    for (int i = 0; i < handle_count; i++)
-        if (!strcmp(handles[i].uuid, uuid)) return &handles[i];
-    struct device devices[MOST];
+    struct device devices[MOST], *handle = NULL;
     int count = load(devices);
-    for (int i = 0; i < count && handle_count < MOST; i++)
+    pthread_mutex_lock(&handles_lock);
+    for (int i = 0; i < handle_count && !handle; i++)
+        if (!strcmp(handles[i].uuid, uuid)) handle = &handles[i];
+    for (int i = 0; i < count && !handle && handle_count < MOST; i++)
         if (!strcmp(devices[i].uuid, uuid)) {
             handles[handle_count] = devices[i];
-            return &handles[handle_count++];
+            handle = &handles[handle_count++];
         }
-    return NULL;
+    pthread_mutex_unlock(&handles_lock);
+    return handle;
 }
 
 static double now(void) {
@@ -98,25 +115,46 @@ static double now(void) {
     return time.tv_sec + time.tv_nsec / 1e9;
 }
 
+static void note(const char *function, const char *uuid) {
+    if (!has("calls")) return;
+    FILE *file = open_file("a", "calls");
+    if (file) fprintf(file, "%s %s\n", function, uuid);
+    if (file) fclose(file);
+}
+
+/* Take one call's worth from a file of faults, which other threads and processes use as well. Give whether it applies. */
+static int take(const char *name, int *code, double *seconds) {
+    int count = 0;
+    *seconds = 0;
+    FILE *file = open_file("r+", "%s", name);
+    if (!file) return 0;
+    flock(fileno(file), LOCK_EX);
+    int applies = fscanf(file, "%d %d %lf", code, &count, seconds) >= 2 && count != 0;
+    if (applies && count > 0) {
+        rewind(file);
+        /* Not shorter than what it overwrites. */
+        fprintf(file, "%d %d %f        ", *code, count - 1, *seconds);
+    }
+    fclose(file);
+    return applies;
+}
+
+static int is_initialised(void) { return initialised_in == getpid() && initialisations > 0; }
+
+/* What a call has to return at once: OK if it may go on. */
 static int faults(const char *function, const char *uuid) {
     char name[512];
+    note(function, uuid);
+    if (strncmp(function, "nvmlInit", 8) && !is_initialised()) return UNINITIALIZED;
     snprintf(name, sizeof name, "missing.%s", function);
     if (has(name)) return FUNCTION_NOT_FOUND;
-    const char *whose[] = {uuid, "any"};
-    for (int i = 0; i < 2; i++) {
-        int code = 0, count = 0;
-        double seconds = 0, began = now();
-        FILE *file = open_file("r", "fault.%s.%s", function, whose[i]);
-        if (!file) continue;
-        int fields = fscanf(file, "%d %d %lf", &code, &count, &seconds);
-        fclose(file);
-        if (fields < 2 || count == 0) continue;
-        snprintf(name, sizeof name, "fault.%s.%s", function, whose[i]);
+    const char *which[][2] = {{function, uuid}, {function, "any"}, {"any", uuid}};
+    for (int i = 0; i < 3; i++) {
+        int code;
+        double seconds, began = now();
+        snprintf(name, sizeof name, "fault.%s.%s", which[i][0], which[i][1]);
+        if (!take(name, &code, &seconds)) continue;
         while (now() - began < seconds && has(name)) usleep(2000);
-        if (count > 0 && (file = open_file("w", "fault.%s.%s", function, whose[i]))) {
-            fprintf(file, "%d %d %f", code, count - 1, seconds);
-            fclose(file);
-        }
         return code;
     }
     return OK;
@@ -166,15 +204,15 @@ static int holders(const char *uuid, char wanted, struct process *found, unsigne
         unsigned pid = (unsigned)atoi(entry->d_name + length + 1);
         unsigned long long mib = 0, start = 0;
         int linger_ms = 0, listed = 0;
-        char kind = 'c';
+        char kinds[4] = "";
         FILE *file = open_file("r", "holds/%s", entry->d_name);
         if (!file) continue;
-        int fields = fscanf(file, "%llu %c %llu %d %d", &mib, &kind, &start, &linger_ms, &listed);
+        int fields = fscanf(file, "%llu %3s %llu %d %d", &mib, kinds, &start, &linger_ms, &listed);
         fclose(file);
         int is_there = fields >= 3 && lives(pid, start);
         if (fields < 3 || (!is_there && !lingers(entry->d_name, linger_ms))) continue;
         *sum += mib * MIB;
-        if ((is_there || listed) && (!wanted || kind == wanted))
+        if ((is_there || listed) && (!wanted || strchr(kinds, wanted)))
             found[count++] = (struct process){pid, has("untold") ? ~0ULL : mib * MIB, ~0u, ~0u};
     }
     if (folder) closedir(folder);
@@ -195,12 +233,32 @@ static int read_memory(struct device *device, struct memory_v2 *memory) {
     return OK;
 }
 
-int nvmlInitWithFlags(unsigned flags) { return (void)flags, faults("nvmlInitWithFlags", "any"); }
-int nvmlInit_v2(void) { return faults("nvmlInit_v2", "any"); }
-int nvmlShutdown(void) { return OK; }
-const char *nvmlErrorString(int code) { return code == 15 ? "GPU is lost" : code == 999 ? "Unknown Error" : "error of the stand-in"; }
+static int initialise(const char *function) {
+    int fault = faults(function, "any");
+    if (fault) return fault;
+    if (initialised_in != getpid()) initialisations = 0;
+    initialised_in = getpid();
+    initialisations++;
+    return OK;
+}
 
-int nvmlSystemGetDriverVersion(char *text, unsigned length) { return snprintf(text, length, "0.stand-in"), OK; }
+int nvmlInitWithFlags(unsigned flags) { return (void)flags, initialise("nvmlInitWithFlags"); }
+int nvmlInit_v2(void) { return initialise("nvmlInit_v2"); }
+
+int nvmlShutdown(void) {
+    int fault = faults("nvmlShutdown", "any");
+    initialisations -= !fault;
+    return fault;
+}
+
+const char *nvmlErrorString(int code) { return (void)code, "error of the stand-in"; }
+
+int nvmlSystemGetDriverVersion(char *text, unsigned length) {
+    FILE *file = open_file("r", "driver");
+    if (!file || !fgets(text, (int)length, file)) snprintf(text, length, "stand-in");
+    if (file) fclose(file);
+    return faults("nvmlSystemGetDriverVersion", "any");
+}
 
 int nvmlDeviceGetCount_v2(unsigned *count) {
     struct device devices[MOST];
@@ -254,6 +312,8 @@ static int list(const char *function, struct device *device, char kind, unsigned
     int fault = faults(function, device->uuid);
     if (fault) return fault;
     unsigned size = has("blind") ? 0 : (unsigned)holders(device->uuid, kind, found, &sum), room = *count;
+    static unsigned changes;
+    if (kind == 'c' && size < MOST && has("restless")) found[size++] = (struct process){1u << 30 | changes++, 0, ~0u, ~0u};
     *count = size;
     if (room < size) return INSUFFICIENT_SIZE;
     if (size) memcpy(processes, found, size * sizeof *found);
@@ -283,19 +343,22 @@ static struct device *instance(struct device *parent, unsigned index, unsigned *
 
 int nvmlDeviceGetMigMode(struct device *device, unsigned *current, unsigned *pending) {
     unsigned count;
+    char name[128];
     instance(device, 0, &count);
-    *current = *pending = count > 0;
+    snprintf(name, sizeof name, "mig.%s", device->uuid);
+    *current = *pending = count > 0 || has(name);
     return faults("nvmlDeviceGetMigMode", device->uuid);
 }
 
 int nvmlDeviceGetMaxMigDeviceCount(struct device *device, unsigned *count) {
     instance(device, 0, count);
-    *count += *count ? 1 : 0; /* one place is free */
-    return OK;
+    *count += 1; /* one place is free */
+    return faults("nvmlDeviceGetMaxMigDeviceCount", device->uuid);
 }
 
 int nvmlDeviceGetMigDeviceHandleByIndex(struct device *device, unsigned index, struct device **handle) {
     unsigned count;
     *handle = instance(device, index, &count);
-    return *handle ? OK : NOT_FOUND;
+    int fault = faults("nvmlDeviceGetMigDeviceHandleByIndex", device->uuid);
+    return fault ? fault : *handle ? OK : NOT_FOUND;
 }

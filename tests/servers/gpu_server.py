@@ -1,6 +1,6 @@
 """A server that holds memory on every GPU that it sees: for real through CUDA's driver, or in the stand-in's files.
 
-It answers GET /health with 200 once it holds the memory.
+It answers GET /health with 200 once it holds the memory. At SIGTERM it asks its children at once as well.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CudaDevices:
 
     def __init__(self) -> None:
         self._cuda = ctypes.CDLL("libcuda.so.1")
-        self._contexts: list[ctypes.c_void_p] = []
+        self._devices: list[ctypes.c_int] = []
 
     def _call(self, name: str, *arguments: object) -> None:
         code = getattr(self._cuda, name)(*arguments)
@@ -71,8 +71,7 @@ class CudaDevices:
         self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(ordinal))
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         self._call("cuCtxSetCurrent", context)
-        self._contexts.append(context)
-        self._devices = [*getattr(self, "_devices", []), device]
+        self._devices.append(device)
         left = mib
         while left > 0:
             size = ctypes.c_size_t(min(left, _CHUNK_MIB) * _MIB)
@@ -92,8 +91,8 @@ class CudaDevices:
             left -= _CHUNK_MIB
 
     def free(self) -> None:
-        for device in getattr(self, "_devices", []):
-            self._cuda.cuDevicePrimaryCtxReset_v2(device)
+        for device in self._devices:
+            self._call("cuDevicePrimaryCtxReset_v2", device)
 
 
 class Health(BaseHTTPRequestHandler):
@@ -115,16 +114,16 @@ def main() -> None:
     parser.add_argument("--pinned-mib", type=int, default=0, help="of pinned host memory (CUDA only)")
     parser.add_argument("--on-term", default="exit", help="exit, ignore, or free-then-linger:SECONDS")
     parser.add_argument("--children", type=int, default=0, help="processes of its own that hold as much each")
-    parser.add_argument("--port", type=int)
+    parser.add_argument("--port", type=int, help="for /health, on 127.0.0.1")
+    parser.add_argument("--backend", choices=["auto", "standin", "cuda"], default="auto", help="auto: by STANDIN_NVML")
     parser.add_argument("--say", action="store_true", help='print "held" once it holds the memory')
     parser.add_argument(
         "--linger-ms", type=int, default=0, help="its memory stays so long after its end (stand-in only)"
     )
     parser.add_argument("--listed", action="store_true", help="in which it is listed (stand-in only)")
     options = parser.parse_args()
-    devices = (
-        StandinDevices(options.linger_ms, is_listed=options.listed) if "STANDIN_NVML" in os.environ else CudaDevices()
-    )
+    is_standin = options.backend == "standin" or (options.backend == "auto" and "STANDIN_NVML" in os.environ)
+    devices = StandinDevices(options.linger_ms, is_listed=options.listed) if is_standin else CudaDevices()
     stop = threading.Event()
     # Python's handlers run in the main thread: it waits below, and is not in a call that holds anything up.
     signal.signal(signal.SIGTERM, signal.SIG_IGN if options.on_term == "ignore" else lambda *_: stop.set())
@@ -137,17 +136,20 @@ def main() -> None:
         server = ThreadingHTTPServer(("127.0.0.1", options.port), Health)
         threading.Thread(target=server.serve_forever, daemon=True).start()
     stop.wait()
+    for child in children:
+        child.terminate()
     if options.on_term.startswith("free-then-linger:"):
         devices.free()
         time.sleep(float(options.on_term.partition(":")[2]))
     for child in children:
-        child.terminate()
         child.wait()
     os._exit(0)
 
 
 def _child(options: argparse.Namespace) -> subprocess.Popen[bytes]:
-    command = [sys.executable, __file__, "--mib", str(options.mib), "--on-term", options.on_term, "--say"]
+    command = [sys.executable, __file__, "--say", "--backend", options.backend, "--on-term", options.on_term]
+    command += ["--mib", str(options.mib), "--pinned-mib", str(options.pinned_mib)]
+    command += ["--linger-ms", str(options.linger_ms), *(["--listed"] if options.listed else [])]
     child = subprocess.Popen(command, stdout=subprocess.PIPE)
     if child.stdout is None or child.stdout.readline() != b"held\n":
         raise RuntimeError("a child does not hold its memory")

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 # Runs of pytest with leases take longest, and show the same each time.
 _ONCE = "pytest -n 4"
 _TRIAL_S = 120
-_TESTS_S = 200
+_TESTS_S = 150
+_NEED_NO_DEVICE = ("tests/gpu/test_gpu_store.py", "tests/gpu/test_gpu_tool.py")
 _PINNED_MIB = 8192
 
 
@@ -109,7 +110,7 @@ class Run:
         with plugin_environment(HARNESS_TEST_GPUS="real") as environment, log.open("wb") as output:
             try:
                 done = subprocess.run(
-                    [*command, "tests/gpu"],
+                    [*command, "tests/gpu", *(f"--ignore={path}" for path in _NEED_NO_DEVICE)],
                     cwd=ROOT,
                     env=environment,
                     stdout=output,
@@ -120,7 +121,7 @@ class Run:
                 status = done.returncode
             except subprocess.TimeoutExpired:
                 status = -1
-        result = log.read_text(errors="replace").strip().splitlines()[-1]
+        result = log.read_text(errors="replace").strip().splitlines()[-1] if status >= 0 else f"no end in {_TESTS_S} s"
         self.content["facts"]["tests/gpu on these devices"] = result
         print(result)
         if status:

@@ -80,7 +80,11 @@ def hoarder(pid: int) -> Iterator[subprocess.Popen[bytes]]:
     with _ended(subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)) as process:
         if _says(process) != b"kept":
             raise NotShown("no descriptor of the server can be copied")
-        yield process
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=10)  # it gives the memory back when its standard input ends
 
 
 @contextlib.contextmanager

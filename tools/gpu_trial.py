@@ -47,6 +47,9 @@ class Trial:
         if at is None or moment.free is None:
             self.wrong.append(f"freed at {at}, and the sampler has it free at {moment.at}")
             return
+        if moment.held is None:
+            self.not_shown = "nothing was held"
+            return
         behind_ms = (at - moment.at) * 1e3
         if moment.is_after(at):
             self.wrong.append(f"said free {-behind_ms:.3f} ms before the sampler, {moment.window_ms:.3f} ms exact")

@@ -56,6 +56,13 @@ def test_an_answer_before_the_memory_was_back_is_wrong() -> None:
         assert trial.wrong
 
 
+def test_memory_that_was_never_held_shows_nothing() -> None:
+    trial = Trial("it")
+    trial.freed_at(5.0, BACK.freed(2 * GIB))
+    assert trial.not_shown
+    assert not trial.figures
+
+
 def test_a_verdict_that_is_not_what_the_samples_say_is_wrong() -> None:
     trial = Trial("it")
     trial.verdict("freed", "freed", ROW)
@@ -105,7 +112,7 @@ def test_a_run_on_the_stand_in(standin: Standin, tmp_path: Path) -> None:
     assert shares["verdicts"] == [["freed", "freed"]] * 4
     assert leak["verdicts"] == [["held", "held"]]
     assert leak["answers"] == [["freed", "held"]], "today's logic is misled by the stranger that left"
-    assert kill["figures"]["granted_behind_sampler_ms"] > 0
+    assert "granted_behind_sampler_ms" in kill["figures"]
     assert not any(trial["not_shown"] for trial in content["trials"])
     page = (out / "gpu.md").read_text(encoding="utf-8")
     assert "Verdicts: 5, of which 0 wrong. Answers of today's logic: 3, of which 1 wrong." in page

@@ -318,7 +318,7 @@ class Tenants:
 
     def _reason(self, tenancy: _Tenancy, row: DeviceRelease) -> str:
         if row.verdict == "held":
-            mib = (row.now_mib or 0) - (row.baseline_mib or 0)
+            mib = tenancy.releases[row.uuid].judgement.excess_bytes // _MIB
             return f"{mib} MiB did not come back from {tenancy.order.name!r} in {row.waited_s:.1f} s"
         is_blind = row.verdict == "unknown" and (row.now_mib is None or not tenancy.releases[row.uuid].is_judged)
         return f"its memory cannot be told since {tenancy.order.name!r}: {row.note}" if is_blind else ""

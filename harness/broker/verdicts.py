@@ -54,7 +54,9 @@ def judge(
     foreign = tuple(sorted(listed - own - neighbours - set(baseline.processes or {})))
     excess = now.used_bytes - baseline.used_bytes
     if mine:
-        return Judgement("held", mine, foreign, excess, "")
+        held = [(now.processes or {})[pid] for pid in mine]
+        told = [one for one in held if one is not None]
+        return Judgement("held", mine, foreign, sum(told) if len(told) == len(held) else excess, "")
     before_bytes, now_bytes = _unlisted_bytes(baseline), _unlisted_bytes(now)
     if sees_pids and before_bytes is not None and now_bytes is not None:
         excess = now_bytes - before_bytes

@@ -225,6 +225,25 @@ def test_memory_that_is_held_is_said_to_be_and_its_device_is_given_to_nobody(
     assert launch(watchdog, standin, gpus=1).gpus == (other,)
 
 
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_the_quarantine_tells_what_is_held_and_not_what_strangers_have(
+    standin: Standin,
+    watchdog: harness.Watchdog,
+    stranger: Callable[[str, int], subprocess.Popen[bytes]],
+    *,
+    is_listed: bool,
+) -> None:
+    device = standin.uuids[0]
+    leaves = stranger(device, 2 * MIB)
+    server = launch(watchdog, standin, "--linger-ms", "60000", *(["--listed"] if is_listed else []))
+    leaves.kill()
+    leaves.wait()
+    stranger(device, MIB // 2)
+    assert row_of(watchdog.stop([server])).verdict == "held"
+    with pytest.raises(harness.GpuUnavailable, match=f"{device} is quarantined: {MIB} MiB did not come back"):
+        launch(watchdog, standin)
+
+
 def test_memory_that_no_listed_process_holds_is_held(standin: Standin, watchdog: harness.Watchdog) -> None:
     server = launch(watchdog, standin)
     standin.set_residue(standin.uuids[0], 2000)

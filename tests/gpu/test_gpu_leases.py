@@ -206,6 +206,7 @@ def test_a_device_is_handed_over_while_the_old_server_is_still_ending(machine: M
         old = launched(
             one, machine, "--mib", str(MIB), "--on-term", "free-then-linger:3", gpus=[machine.uuids[0]], grace_s=20.0
         )
+        time.sleep(0.3)  # a server that the broker has not seen on its device hands nothing over
         reports: list[harness.StopReport] = []
         thread = threading.Thread(target=lambda: reports.append(one.stop([old])))
         thread.start()

@@ -29,7 +29,9 @@ def make(pytester: pytest.Pytester, machine: Machine, *tests: str, ini: str = ""
 
 
 def run(pytester: pytest.Pytester, *options: str) -> pytest.RunResult:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "error", "-rsfE", *options]
+    # pytest-benchmark, where it is installed, warns of pytest-xdist.
+    plugins = ["-p", "no:cacheprovider", "-p", "no:benchmark"]
+    command = [sys.executable, "-m", "pytest", *plugins, "-W", "error", "-rsfE", *options]
     return pytester.run(*command, timeout=100)
 
 

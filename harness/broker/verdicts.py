@@ -57,7 +57,7 @@ def judge(
         held = [(now.processes or {})[pid] for pid in mine]
         told = [one for one in held if one is not None]
         return Judgement("held", mine, foreign, sum(told) if len(told) == len(held) else excess, "")
-    before_bytes, now_bytes = _unlisted_bytes(baseline), _unlisted_bytes(now)
+    before_bytes, now_bytes = unlisted_bytes(baseline), unlisted_bytes(now)
     if sees_pids and before_bytes is not None and now_bytes is not None:
         excess = now_bytes - before_bytes
         is_held = excess > slack_bytes
@@ -79,13 +79,15 @@ def _judge_totals(
         why = "others have leased a part of it"
     elif foreign:
         why = "others have come meanwhile"
+    elif baseline.processes:
+        why = "others had memory on it before, and may have taken more"
     else:
         return Judgement("held", (), foreign, excess, f"{note}; it cannot be told whose it is")
     return Judgement("unknown", (), foreign, excess, f"{note}, and that does not tell: {why}")
 
 
-def _unlisted_bytes(reading: Reading) -> int | None:
-    """Give what no listed process holds; None if that is not told."""
+def unlisted_bytes(reading: Reading) -> int | None:
+    """Give what no listed process holds; None if that is not told of each."""
     if reading.processes is None:
         return None
     total = 0

@@ -1,6 +1,11 @@
 """Which devices CUDA_VISIBLE_DEVICES lets a process see, and in which order. Pure.
 
-Source: CUDA C++ Programming Guide, "CUDA Environment Variables"; what it leaves open was tried with driver 580.
+Source: CUDA Programming Guide, "CUDA Environment Variables": the order of the entries is that of the devices, the
+beginning of a UUID is enough if it is that of one GPU, an invalid entry hides what follows, an empty value hides all.
+Numbers read as strtol does, entries of two kinds, and devices that are named twice: PyTorch knows of them
+(`torch.cuda._parse_visible_devices` and its tests), and driver 580 was seen to do the same. MIG instances are known by
+the UUIDs that NVML gives them, "MIG-<UUID>", before driver 470 "MIG-GPU-<UUID>/<GPU instance>/<compute instance>" (MIG
+User Guide, "CUDA Device Enumeration").
 """
 
 from __future__ import annotations
@@ -16,7 +21,8 @@ if TYPE_CHECKING:
 _BUS_ORDER = "PCI_BUS_ID"
 _UUIDS = ("GPU-", "MIG-")
 # As strtol(3) reads a number: spaces and a sign before it, and whatever after it.
-_ORDINAL = re.compile(r"\s*\+?([0-9]+)", re.ASCII)
+_ORDINAL = re.compile(r"\s*\+?0*([0-9]+)", re.ASCII)
+_MOST_DIGITS = 9
 
 
 class VisibilityError(ValueError):
@@ -28,7 +34,7 @@ def visible(devices: Sequence[Device], variable: str | None, order: str | None) 
 
     Without the variable it is all of them, and of MIG instances each, though CUDA itself uses one in a process. The
     first entry that is none, or that is of another kind (number, UUID) than the first of all, hides all that follow. A
-    device that is named twice makes CUDA see none.
+    device that is named twice makes CUDA see none. Raises VisibilityError for numbers whose order is not known.
     """
     if variable is None:
         return list(devices)
@@ -44,14 +50,16 @@ def visible(devices: Sequence[Device], variable: str | None, order: str | None) 
 
 def _by_ordinal(devices: Sequence[Device], entry: str, order: str | None) -> Device | None:
     number = _ORDINAL.match(entry)
-    ordinals = [device for device in devices if not device.parent]
-    if number is None or int(number[1]) >= len(ordinals):
+    if number is None or len(number[1]) > _MOST_DIGITS or int(number[1]) >= len(devices):
         return None
-    _check_order(ordinals, order)
-    return ordinals[int(number[1])]
+    _check_order(devices, order)
+    return devices[int(number[1])]
 
 
 def _check_order(devices: Sequence[Device], order: str | None) -> None:
+    # How CUDA numbers GPUs beside MIG instances, of which it shows a process one alone, is written nowhere.
+    if any(device.parent for device in devices):
+        raise VisibilityError("CUDA_VISIBLE_DEVICES numbers GPUs, of which some are divided (MIG): name them by UUID")
     # CUDA numbers them with the fastest first unless it is told otherwise, and what it takes for fast is not known.
     if order != _BUS_ORDER and len({device.name for device in devices}) > 1:
         raise VisibilityError(
@@ -77,7 +85,7 @@ def pick(seen: Sequence[Device], wanted: Sequence[int | str]) -> list[Device]:
 
 
 def _wanted(seen: Sequence[Device], one: int | str) -> Device:
-    found = _by_uuid(seen, one) if isinstance(one, str) else (seen[one] if one < len(seen) else None)
+    found = _by_uuid(seen, one) if isinstance(one, str) else (seen[one] if 0 <= one < len(seen) else None)
     if found is None:
         there = ", ".join(f"{index} {device.uuid}" for index, device in enumerate(seen)) or "none"
         raise VisibilityError(f"gpus: {one} is not one of the GPUs that this process sees: {there}")

@@ -70,7 +70,9 @@ def _check_order(devices: Sequence[Device], order: str | None) -> None:
 
 def _by_uuid(devices: Sequence[Device], prefix: str) -> Device | None:
     found = [device for device in devices if device.uuid.upper().startswith(prefix.upper())]
-    return found[0] if len(found) == 1 and prefix.startswith(_UUIDS) else None
+    # "GPU-" alone names nobody, also where there is one device.
+    is_name = prefix.startswith(_UUIDS) and prefix not in _UUIDS
+    return found[0] if len(found) == 1 and is_name else None
 
 
 def pick(seen: Sequence[Device], wanted: Sequence[int | str]) -> list[Device]:

@@ -5,7 +5,8 @@ Times are seconds since the epoch (`time.time`): processes that never meet, and 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+import math
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from harness.broker.readings import Reading
@@ -123,11 +124,24 @@ class Book:
 
     @staticmethod
     def from_json_dict(content: dict[str, object]) -> Book:
-        """Read what `to_json_dict` gave, or an empty dict; raises ValueError for anything else."""
+        """Read what `to_json_dict` gave, or an empty dict; raises ValueError for anything else.
+
+        Also for what contradicts itself, such as a device that two have as a whole: nothing could be granted on it
+        without doing harm.
+        """
         try:
-            return _book(content)
-        except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
+            book = _book(content)
+            _check(book)
+        except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(f"the store of leases is not in the right form: {type(error).__name__}: {error}") from None
+        return book
+
+
+# A broker reads the book whenever it has changed, so what each type has is not looked up again each time.
+_NAMES = {
+    kind: {one.name for one in fields(kind)}
+    for kind in (Who, Want, Waiter, Tenant, Lease, Reading, Baseline, Quarantine, Book)
+}
 
 
 def forget_other_boot(book: Book, boot: str) -> Book:
@@ -135,14 +149,36 @@ def forget_other_boot(book: Book, boot: str) -> Book:
     return book if book.boot == boot else Book(boot=boot)
 
 
+def _check(book: Book) -> None:
+    """Raise ValueError unless the parts agree: what the rules rely on, and keep true."""
+    ids = [lease.id for lease in book.leases] + [waiter.id for waiter in book.waiters]
+    tickets = [waiter.ticket for waiter in book.waiters]
+    _demand(len(set(ids)) == len(ids), "an id is there twice")
+    _demand(len(set(tickets)) == len(tickets) and max(tickets, default=0) < book.next_ticket, "a ticket is no ticket")
+    for lease in book.leases:
+        _demand(bool(lease.devices), f"{lease.id} has no device")
+        _demand(set(lease.leaving) <= set(lease.devices), f"{lease.id} leaves what it does not have")
+    leased = {uuid for lease in book.leases for uuid in lease.devices}
+    _demand(set(book.baselines) == leased | set(book.quarantines), "baselines are not those of what is leased")
+    for uuid in leased:
+        shares = [lease.devices[uuid] for lease in book.holders_of(uuid)]
+        _demand(None not in shares or len(shares) == 1, f"{uuid} is leased whole, and not alone")
+
+
+def _demand(holds: bool, otherwise: str) -> None:  # noqa: FBT001 - it reads as an assertion does
+    if not holds:
+        raise ValueError(otherwise)
+
+
 def _book(content: dict[str, Any]) -> Book:
-    if not content:
+    if content == {}:
         return Book()
+    _fields(content, Book)
     return Book(
         boot=_is(content["boot"], str),
         next_ticket=_is(content["next_ticket"], int),
-        leases=tuple(map(_lease, content["leases"])),
-        waiters=tuple(map(_waiter, content["waiters"])),
+        leases=tuple(map(_lease, _list(content["leases"]))),
+        waiters=tuple(map(_waiter, _list(content["waiters"]))),
         baselines={_is(uuid, str): _baseline(found) for uuid, found in content["baselines"].items()},
         quarantines={_is(uuid, str): _quarantine(found) for uuid, found in content["quarantines"].items()},
         generations={_is(uuid, str): _is(count, int) for uuid, count in content["generations"].items()},
@@ -150,30 +186,29 @@ def _book(content: dict[str, Any]) -> Book:
 
 
 def _lease(found: dict[str, Any]) -> Lease:
-    lease = Lease(**found)
-    for text in (lease.id, lease.name, lease.test, *lease.devices, *lease.leaving):
-        _is(text, str)
-    _is(lease.user, int)
-    return replace(
-        lease,
-        since=_time(lease.since),
+    _fields(found, Lease)
+    return Lease(
+        id=_is(found["id"], str),
+        name=_is(found["name"], str),
+        test=_is(found["test"], str),
+        user=_is(found["user"], int),
+        since=_time(found["since"]),
         broker=_who(found["broker"]),
-        devices={uuid: None if mib is None else _is(mib, int) for uuid, mib in lease.devices.items()},
-        tenants=tuple(map(_tenant, found["tenants"])),
-        leaving=tuple(lease.leaving),
-        stale_since=None if lease.stale_since is None else _time(lease.stale_since),
+        devices={_is(uuid, str): _mib(mib) for uuid, mib in found["devices"].items()},
+        tenants=tuple(map(_tenant, _list(found["tenants"]))),
+        leaving=_texts(found["leaving"]),
+        stale_since=None if found["stale_since"] is None else _time(found["stale_since"]),
     )
 
 
 def _tenant(found: dict[str, Any]) -> Tenant:
-    devices = tuple(_is(uuid, str) for uuid in found["devices"])
+    _fields(found, Tenant)
+    devices = _texts(found["devices"])
     return Tenant(_is(found["key"], int), _is(found["name"], str), _who(found["keeper"]), devices, _pids(found))
 
 
 def _waiter(found: dict[str, Any]) -> Waiter:
-    want = found["want"]
-    candidates = tuple(_is(uuid, str) for uuid in want["candidates"])
-    mib = None if want["memory_mib"] is None else _is(want["memory_mib"], int)
+    want = _fields(_fields(found, Waiter)["want"], Want)
     return Waiter(
         ticket=_is(found["ticket"], int),
         id=_is(found["id"], str),
@@ -181,16 +216,17 @@ def _waiter(found: dict[str, Any]) -> Waiter:
         test=_is(found["test"], str),
         broker=_who(found["broker"]),
         since=_time(found["since"]),
-        want=Want(_is(want["count"], int), candidates, mib),
+        want=Want(_is(want["count"], int), _texts(want["candidates"]), _mib(want["memory_mib"])),
     )
 
 
 def _who(found: dict[str, Any]) -> Who:
+    _fields(found, Who)
     return Who(_is(found["pid"], int), _is(found["start_time"], int), _is(found["namespace"], int))
 
 
 def _baseline(found: dict[str, Any]) -> Baseline:
-    reading = found["reading"]
+    reading = _fields(_fields(found, Baseline)["reading"], Reading)
     processes = reading["processes"]
     if processes is not None:
         # JSON has only texts as names.
@@ -200,11 +236,19 @@ def _baseline(found: dict[str, Any]) -> Baseline:
 
 
 def _quarantine(found: dict[str, Any]) -> Quarantine:
+    _fields(found, Quarantine)
     return Quarantine(_is(found["reason"], str), _time(found["since"]), _is(found["lease"], str), _pids(found))
 
 
 def _pids(found: dict[str, Any]) -> tuple[tuple[int, int], ...]:
-    return tuple((_is(pid, int), _is(start, int)) for pid, start in found["pids"])
+    return tuple((_is(pid, int), _is(start, int)) for pid, start in _list(found["pids"]))
+
+
+def _fields(found: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
+    # What another version has added would be lost at the next change.
+    if found.keys() != _NAMES[kind]:
+        raise TypeError(f"{kind.__name__}: {sorted(found.keys() ^ _NAMES[kind])} is missing, or too much")
+    return found
 
 
 def _is(value: Any, kind: type[_Kind]) -> _Kind:
@@ -213,5 +257,25 @@ def _is(value: Any, kind: type[_Kind]) -> _Kind:
     return value
 
 
+def _list(value: Any) -> list[Any] | tuple[Any, ...]:
+    # A text, or the names of an object, could be gone through as well.
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{value!r} is not a list")
+    return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(_is(one, str) for one in _list(value))
+
+
+def _mib(value: Any) -> int | None:
+    if value is None:
+        return None
+    _demand(_is(value, int) > 0, f"{value} MiB are no share")
+    return int(value)
+
+
 def _time(value: Any) -> float:
-    return float(_is(value, int) if not isinstance(value, float) else value)
+    time = float(_is(value, int) if not isinstance(value, float) else value)
+    _demand(math.isfinite(time), f"{time} is no time")
+    return time

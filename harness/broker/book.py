@@ -86,12 +86,16 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Quarantine:
-    """Why a device is given to nobody, since when, and after whose lease, with the pids (and start times) of that."""
+    """Why a device is given to nobody, since when, and after whose lease.
+
+    `pids` (with start times) are those of the lease that the device has listed, in this PID `namespace`.
+    """
 
     reason: str
     since: float
     lease: str
     pids: tuple[tuple[int, int], ...] = ()
+    namespace: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def _check(book: Book) -> None:
         _demand(bool(lease.devices), f"{lease.id} has no device")
         _demand(set(lease.leaving) <= set(lease.devices), f"{lease.id} leaves what it does not have")
     leased = {uuid for lease in book.leases for uuid in lease.devices}
-    _demand(set(book.baselines) == leased | set(book.quarantines), "baselines are not those of what is leased")
+    _demand(set(book.baselines) <= leased | set(book.quarantines), "there is a baseline of what nobody has")
     for uuid in leased:
         shares = [lease.devices[uuid] for lease in book.holders_of(uuid)]
         _demand(None not in shares or len(shares) == 1, f"{uuid} is leased whole, and not alone")
@@ -237,7 +241,13 @@ def _baseline(found: dict[str, Any]) -> Baseline:
 
 def _quarantine(found: dict[str, Any]) -> Quarantine:
     _fields(found, Quarantine)
-    return Quarantine(_is(found["reason"], str), _time(found["since"]), _is(found["lease"], str), _pids(found))
+    return Quarantine(
+        reason=_is(found["reason"], str),
+        since=_time(found["since"]),
+        lease=_is(found["lease"], str),
+        pids=_pids(found),
+        namespace=_is(found["namespace"], int),
+    )
 
 
 def _pids(found: dict[str, Any]) -> tuple[tuple[int, int], ...]:

@@ -45,7 +45,9 @@ Answer: TypeAlias = Granted | Waits | Refused
 
 
 def enqueue(book: Book, waiter: Waiter) -> Book:
-    """Put a waiter at the end of the queue."""
+    """Put a waiter at the end of the queue, unless it is in it, or has its lease."""
+    if waiter_of(book, waiter.id) is not None or lease_of(book, waiter.id) is not None:
+        return book
     waiter = replace(waiter, ticket=book.next_ticket)
     return replace(book, waiters=(*book.waiters, waiter), next_ticket=book.next_ticket + 1)
 
@@ -64,8 +66,12 @@ def grant(book: Book, lease_id: str, readings: Readings, now: float, user: int =
     """Grant a waiter its lease, if its turn has come: all that it wants, or nothing.
 
     Its turn has come when no earlier waiter could use the devices that it gets. A device that nobody has is granted on
-    a reading that was begun since it became free, which is its baseline from then on.
+    a reading that was begun since it became free, which is its baseline from then on. Who has a lease already is told
+    so again: a broker cannot always know whether its last change was made.
     """
+    had = lease_of(book, lease_id)
+    if had is not None:
+        return book, Granted(tuple(had.devices))
     waiter = waiter_of(book, lease_id)
     if waiter is None:
         return book, Refused("it does not wait any more")
@@ -84,26 +90,40 @@ def _decide(book: Book, waiter: Waiter, readings: Readings) -> Answer:
         quarantined = [uuid for uuid in waiter.want.candidates if uuid in book.quarantines]
         unread = tuple(uuid for uuid in quarantined if not _is_fresh(book, uuid, readings))
         return Waits(unread) if unread else Refused(_refusal(book, waiter, readings, len(usable)))
-    earlier = {uuid for other in book.waiters if other.ticket < waiter.ticket for uuid in other.want.candidates}
-    open_to_it = [uuid for uuid in usable if uuid not in earlier]
+    open_to_it = [uuid for uuid in usable if not _is_awaited(book, uuid, waiter, readings)]
     ready, needs = _ready(book, waiter, open_to_it, readings)
     if len(open_to_it) < count or needs or len(ready) < count:
         return Waits(tuple(needs) if len(open_to_it) >= count else ())
     return Granted(tuple(ready[:count]))
 
 
+def _is_awaited(book: Book, uuid: str, waiter: Waiter, readings: Readings) -> bool:
+    """Say whether somebody who came earlier could use a device."""
+    return any(
+        other.ticket < waiter.ticket and uuid in other.want.candidates and not _hindrance(book, uuid, other, readings)
+        for other in book.waiters
+    )
+
+
 def _hindrance(book: Book, uuid: str, waiter: Waiter, readings: Readings) -> str:
     """Say why a device can never be had by this waiter, "" if it can."""
     if uuid in book.quarantines:
         return f"is quarantined: {book.quarantines[uuid].reason}"
-    reading = readings[uuid][1] if uuid in readings else None
+    # One from before the device became free shows what the last lease had.
+    reading = readings[uuid][1] if _is_fresh(book, uuid, readings) else None
     if isinstance(reading, Fault) and reading.kind == "lost":
         return f"is lost: {reading.text}"
     known = book.baselines[uuid].reading if uuid in book.baselines else reading
     share = waiter.want.memory_mib
-    if share is not None and isinstance(known, Reading) and _room_mib(known, ()) < share:
-        return f"has {_room_mib(known, ())} MiB, of which {share} are wanted"
+    if share is not None and isinstance(known, Reading) and _most_mib(known) < share:
+        return f"has at most {_most_mib(known)} MiB to give, and {share} are wanted"
     return ""
+
+
+def _most_mib(reading: Reading) -> int:
+    """Give what may ever be free: what is known to be a process's may come back."""
+    lasting_bytes = verdicts.unlisted_bytes(reading)
+    return (reading.total_bytes - (reading.used_bytes if lasting_bytes is None else lasting_bytes)) // _MIB
 
 
 def _refusal(book: Book, waiter: Waiter, readings: Readings, usable: int) -> str:
@@ -124,7 +144,7 @@ def _ready(book: Book, waiter: Waiter, uuids: list[str], readings: Readings) -> 
     ranked: list[tuple[tuple[int, int], str]] = []
     needs: list[str] = []
     for uuid in uuids:
-        rank = _rank(book, uuid, waiter.want.memory_mib, readings)
+        rank = _rank(book, uuid, waiter, readings)
         if rank is None and _may_need_reading(book, uuid, waiter.want.memory_mib, readings):
             needs.append(uuid)
         elif rank is not None:
@@ -144,30 +164,41 @@ def _may_need_reading(book: Book, uuid: str, share: int | None, readings: Readin
     return not is_fresh and (not holders or len(book.leases_on(uuid)) > len(holders))
 
 
-def _rank(book: Book, uuid: str, share: int | None, readings: Readings) -> tuple[int, int] | None:
+def _rank(book: Book, uuid: str, waiter: Waiter, readings: Readings) -> tuple[int, int] | None:
     """Say how well a device suits, the lowest best; None if it cannot be had now, or if that is not known."""
+    share = waiter.want.memory_mib
     holders = book.holders_of(uuid)
     leaving = [lease for lease in book.leases_on(uuid) if lease not in holders]
     reading = readings[uuid][1] if _is_fresh(book, uuid, readings) else None
-    if leaving and not (isinstance(reading, Reading) and _have_left(book, uuid, leaving, reading)):
+    if (holders or leaving) and uuid not in book.baselines:
+        return None  # whether memory is back cannot be told without
+    if leaving and not (isinstance(reading, Reading) and _have_left(book, uuid, leaving, reading, waiter)):
         return None
-    if not holders:
-        if not isinstance(reading, Reading):
-            return None
-        known = book.baselines[uuid].reading if leaving else reading
-        if share is not None and _room_mib(known, ()) < share:
-            return None
-        return (1, known.used_bytes)
-    shares = [lease.devices[uuid] for lease in holders]
+    if holders:
+        return _rank_of_shared(book.baselines[uuid].reading, [lease.devices[uuid] for lease in holders], share)
+    return _rank_of_free(book.baselines[uuid].reading if leaving else reading, share)
+
+
+def _rank_of_shared(baseline: Reading, shares: list[int | None], share: int | None) -> tuple[int, int] | None:
+    # The best is the one that has the least left afterwards: large shares find room on the others.
     taken = [mib for mib in shares if mib is not None]
     if share is None or len(taken) < len(shares):
         return None
-    room = _room_mib(book.baselines[uuid].reading, taken) - share
+    room = _room_mib(baseline, taken) - share
     return None if room < 0 else (0, room)
 
 
-def _have_left(book: Book, uuid: str, leaving: list[Lease], reading: Reading) -> bool:
-    # Their memory was back; it must not have come again since.
+def _rank_of_free(known: Reading | Fault | None, share: int | None) -> tuple[int, int] | None:
+    if not isinstance(known, Reading) or (share is not None and _room_mib(known, ()) < share):
+        return None
+    return (1, known.used_bytes)
+
+
+def _have_left(book: Book, uuid: str, leaving: list[Lease], reading: Reading, waiter: Waiter) -> bool:
+    # Their memory was back; it must not have come again since. The pids that another PID namespace's broker has seen
+    # say nothing of what is listed here.
+    if any(lease.broker.namespace != waiter.broker.namespace for lease in leaving):
+        return False
     own = {pid for lease in leaving for pid in pids_of(lease)}
     neighbours = {pid for lease in book.holders_of(uuid) for pid in pids_of(lease)}
     if own & set(reading.processes or {}):
@@ -275,16 +306,30 @@ def _without_baselines(book: Book) -> Book:
 
 
 def quarantine(book: Book, lease_id: str, uuid: str, reason: str, now: float) -> Book:
-    """Take a device from a lease, and give it to nobody until its memory is back. Its baseline is kept."""
+    """Take a device from a lease, and give it to nobody until its memory is back. Its baseline is kept.
+
+    Where another lease's memory is awaited there already, both are awaited from then on.
+    """
     lease = lease_of(book, lease_id)
     if lease is None or uuid not in lease.devices:
         return book
     pids = tuple(sorted({pid for tenant in lease.tenants for pid in tenant.pids}))
-    entry = Quarantine(reason, now, lease.name, pids)
+    entry = Quarantine(reason, now, lease.name, pids, lease.broker.namespace)
+    if uuid in book.quarantines:
+        entry = _both(book.quarantines[uuid], entry)
     return end(replace(book, quarantines={**book.quarantines, uuid: entry}), lease_id, [uuid])
+
+
+def _both(before: Quarantine, after: Quarantine) -> Quarantine:
+    # Of pids from two namespaces nobody could say whose they are: then none is known.
+    is_one = before.namespace == after.namespace
+    pids = tuple(sorted({*before.pids, *after.pids})) if is_one else ()
+    return replace(before, reason=f"{before.reason}; {after.reason}", pids=pids)
 
 
 def lift(book: Book, uuid: str) -> Book:
     """End a quarantine."""
+    if uuid not in book.quarantines:
+        return book
     left = {other: found for other, found in book.quarantines.items() if other != uuid}
     return _without_baselines(raised(replace(book, quarantines=left), [uuid]))

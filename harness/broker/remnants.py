@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from harness.broker import verdicts
+from harness.broker.book import Who
 from harness.broker.grants import changed, end, lift, pids_of, quarantine, raised
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from harness.broker.book import Book, Who
+    from harness.broker.book import Book
     from harness.broker.grants import Readings
 
 
@@ -28,8 +29,8 @@ def prune(
 
     `is_alive` gives None where that cannot be known (another PID namespace), which counts as alive. Somebody stopped
     (SIGSTOP) loses his place in the queue, or nobody behind him would get anything. A lease is stale when its broker
-    and its tenants' keepers are all dead: a device of it ends when its memory is back, and is quarantined after
-    `limit_s`. A quarantine ends when the memory is back.
+    and its tenants' keepers are all dead: a device of it ends when its memory is back, and is quarantined if a reading
+    shows after `limit_s` that it is not. A quarantine ends when the memory is back.
     """
     waiters = tuple(
         waiter for waiter in book.waiters if is_alive(waiter.broker) is not False and not is_stopped(waiter.broker)
@@ -45,25 +46,31 @@ def prune(
             continue
         for uuid in lease.devices:
             judged = _judge(book, uuid, readings, pids_of(lease), lease.id)
-            if judged is not None and judged.verdict == "freed":
+            if judged is None:
+                continue  # nobody may have looked since
+            if judged.verdict == "freed":
                 lines.append(f"{uuid} is back from {lease.name!r} of {lease.test}, whose processes are dead")
                 book = end(book, lease.id, [uuid])
             elif now - lease.stale_since >= limit_s:
-                reason = f"{_what_is_wrong(judged)} from {lease.name!r} of {lease.test}, whose processes are dead"
+                reason = _reason(judged, f"{lease.name!r} of {lease.test}, whose processes are dead")
                 lines.append(f"{uuid} is quarantined: {reason}")
                 book = quarantine(book, lease.id, uuid, reason, now)
-    return _lift_what_is_back(book, readings, lines), tuple(lines)
+    return _lift_what_is_back(book, is_alive, readings, lines), tuple(lines)
 
 
-def _what_is_wrong(judged: verdicts.Judgement | None) -> str:
-    if judged is None:
-        return "its memory cannot be read"
-    return f"{judged.excess_bytes >> 20} MiB did not come back"
+def _reason(judged: verdicts.Judgement, whose: str) -> str:
+    if judged.verdict == "held":
+        return f"{judged.excess_bytes >> 20} MiB did not come back from {whose}"
+    return f"its memory cannot be told since {whose}: {judged.note}"
 
 
-def _lift_what_is_back(book: Book, readings: Readings, lines: list[str]) -> Book:
+def _lift_what_is_back(
+    book: Book, is_alive: Callable[[Who], bool | None], readings: Readings, lines: list[str]
+) -> Book:
     for uuid, entry in book.quarantines.items():
-        judged = _judge(book, uuid, readings, {pid for pid, _ in entry.pids})
+        # The numbers of another PID namespace say nothing of what is listed here.
+        own = {pid for pid, start in entry.pids if is_alive(Who(pid, start, entry.namespace)) is not None}
+        judged = _judge(book, uuid, readings, own)
         if judged is not None and judged.verdict == "freed":
             lines.append(f"{uuid} is in quarantine no more: its memory is back")
             book = lift(book, uuid)
@@ -73,8 +80,10 @@ def _lift_what_is_back(book: Book, readings: Readings, lines: list[str]) -> Book
 def _judge(book: Book, uuid: str, readings: Readings, own: set[int], but: str = "") -> verdicts.Judgement | None:
     """Judge a device by a reading that counts; None if there is none. `but` is the id of the lease that is judged."""
     generation, reading = readings.get(uuid, (-1, None))
-    if reading is None or generation != book.generation(uuid) or uuid not in book.baselines:
+    if reading is None or generation != book.generation(uuid):
         return None
+    if uuid not in book.baselines:
+        return verdicts.Judgement("unknown", (), (), 0, "its baseline has been lost from the store")
     others = [lease for lease in book.leases_on(uuid) if lease.id != but]
     neighbours = {pid for lease in others for pid in pids_of(lease)}
     baseline = book.baselines[uuid].reading

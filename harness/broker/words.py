@@ -25,7 +25,9 @@ def describe_wait(book: Book, lease_id: str, now: float) -> str:
         parts.append(
             f"{len(ahead)} came earlier, the first {first.name!r} of {first.test} {now - first.since:.0f} s ago"
         )
-    return f"{what}: {'; '.join(parts)}" if parts else what
+    if not parts:
+        parts = ["nobody has leased them, but NVML has not told that they are free, or others use too much of them"]
+    return f"{what}: {'; '.join(parts)}"
 
 
 def _compete(one: Waiter, other: Waiter) -> bool:

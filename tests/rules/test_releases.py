@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harness.broker.readings import Fault, Read, Reading
-from harness.broker.releases import ANSWER_S, LONGEST_PAUSE_S, UNTELLABLE_S, Others, Release, pause_s
+from harness.broker.releases import ANSWER_S, LONGEST_PAUSE_S, UNTELLABLE_S, Others, Release, pause_s, sample_s
 
 GIB = 1 << 30
 OWN, STRANGER = 100, 900
@@ -172,3 +172,10 @@ def test_the_pause_grows_with_the_wait() -> None:
     assert pauses[0] == 0.001
     assert pause_s(19.0) < 0.01
     assert pauses[-1] == LONGEST_PAUSE_S
+
+
+def test_a_server_is_looked_at_often_at_first() -> None:
+    """A process of it that nobody has seen on its device would be taken for a stranger."""
+    assert sample_s(0.0) == 0.005
+    assert sample_s(10.0) == 0.1
+    assert sample_s(1000.0) == 0.25

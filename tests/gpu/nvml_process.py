@@ -23,6 +23,7 @@ class Calls:
 
     def __init__(self) -> None:
         self._nvml: Any = None
+        self._begun: list[threading.Thread] = []
 
     def open(self) -> dict[str, Any]:
         self._nvml = Nvml()
@@ -36,8 +37,13 @@ class Calls:
         return {"fault" if isinstance(found, Fault) else "reading": dataclasses.asdict(found)}
 
     def begin(self, uuid: str) -> dict[str, Any]:
-        threading.Thread(target=lambda: say(self.read(uuid)), daemon=True).start()
+        self._begun.append(threading.Thread(target=lambda: say(self.read(uuid)), daemon=True))
         return {"begun": True}
+
+    def start_begun(self) -> None:
+        """Start what has been begun, once that has been said: else its own answer might come first."""
+        while self._begun:
+            self._begun.pop().start()
 
     def child(self, *call: str) -> dict[str, Any]:
         child = os.fork()
@@ -77,3 +83,4 @@ if __name__ == "__main__":
     calls = Calls()
     for line in sys.stdin:
         say(calls.answer(json.loads(line)))
+        calls.start_begun()

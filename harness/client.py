@@ -116,15 +116,16 @@ class Watchdog(Launcher):
         name = spec.name if spec.name is not None else f"{Path(spec.command[0]).name}-{next(self._names)}"
         if spec.gpus is None:
             return self._launch_on(link, replace(spec, name=name), None, (), register)
-        lease = self.lease(spec.gpus, name)
+        lease = self.lease(spec.gpus, name, is_for_one=True)
         try:
             return self._launch_on(link, replace(spec, name=name), lease, lease.devices, register)
         finally:
-            lease.end()  # it is this server's alone
+            lease.end()  # if the launch has failed: else it is given back already
 
-    def lease(self, wish: specs.GpuWish, name: str) -> GpuLease:
+    def lease(self, wish: specs.GpuWish, name: str, *, is_for_one: bool = False) -> GpuLease:
         """Wait for GPUs, in arrival order; for `launch` and for groups. Raises GpuUnavailable."""
-        return leasing.take(self._started(), wish, leasing.terms(self._state_dir, self._wait_s, self._release_s), name)
+        terms = leasing.terms(self._state_dir, self._wait_s, self._release_s)
+        return leasing.take(self._started(), wish, terms, name, is_for_one=is_for_one)
 
     def launch_on(
         self, spec: specs.ServerSpec, lease: GpuLease, devices: tuple[str, ...], register: Callable[[Server], None]

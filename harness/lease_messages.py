@@ -14,8 +14,8 @@ class Lease(Record):
     """Wait in arrival order for `count` devices, or for these `devices` (UUIDs, or numbers of visible devices).
 
     `memory_mib` is the share of each that is wanted, None for whole devices. `visible` and `order` are the values of
-    CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER. It is refused after `wait_s`. A device's memory may
-    take `release_s` to come back. `store` is the directory of the store, and
+    CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER. It is refused after `wait_s`. A device's memory may take `release_s` to
+    come back. A lease that `is_for_one` server is given back by its launch. `store` is the directory of the store, and
     `paths` are the directories in which the broker finds its libraries.
     """
 
@@ -28,6 +28,7 @@ class Lease(Record):
     order: str | None
     wait_s: float
     release_s: float
+    is_for_one: bool
     store: str
     is_shared: bool
     paths: list[str]

@@ -67,19 +67,22 @@ class GpuLease:
             self._link.request(EndLease(self.number), Done)
 
 
-def take(link: Link, wish: GpuWish, terms: LeaseTerms, name: str) -> GpuLease:
-    """Wait for a lease, in arrival order; raises GpuUnavailable if there will be none."""
+def take(link: Link, wish: GpuWish, terms: LeaseTerms, name: str, *, is_for_one: bool) -> GpuLease:
+    """Wait for a lease, in arrival order; raises GpuUnavailable if there will be none.
+
+    One that `is_for_one` server needs no `end` once that has been launched: an interrupt could come before it.
+    """
     number = link.new_key()
     link.memory_s = max(link.memory_s, terms.release_s)
     try:
-        link.lease(number, _request(wish, terms, name))
+        link.lease(number, _request(wish, terms, name, is_for_one=is_for_one))
         return GpuLease(link, number, _wait(link, number, name))
     except BaseException:
         GpuLease(link, number, ()).end()  # Ctrl-C, a test's deadline: nobody will ever hold it
         raise
 
 
-def _request(wish: GpuWish, terms: LeaseTerms, name: str) -> Lease:
+def _request(wish: GpuWish, terms: LeaseTerms, name: str, *, is_for_one: bool) -> Lease:
     return Lease(
         name=name,
         test=_this_test(),
@@ -90,6 +93,7 @@ def _request(wish: GpuWish, terms: LeaseTerms, name: str) -> Lease:
         order=os.environ.get(ORDER),
         wait_s=terms.wait_s,
         release_s=terms.release_s,
+        is_for_one=is_for_one,
         store=terms.store,
         is_shared=terms.is_shared,
         paths=_paths(),

@@ -1,10 +1,10 @@
-"""Measures which lines of the harness a watchdog and its keepers run, for a fraction of what coverage costs there.
+"""Measures which lines of the harness a watchdog, its keepers and its broker run, for a fraction of coverage's cost.
 
 A test run starts hundreds of watchdogs, and coverage's start takes 0.2 s of CPU in each, its end 0.05 s in each keeper:
 three quarters of the run's time. This uses the same tracer, coverage's own, without the rest of coverage, and leaves
 what that has collected in a file; `measure_merge` makes coverage data of all of them.
 
-`tools/test` writes a .pth file into .venv that runs this file in each watchdog, before coverage's own .pth file.
+`tools/test` writes a .pth file into .venv that runs this file in each of them, before coverage's own .pth file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-_BOOT = os.path.join("harness", "watchdog", "boot.py")
+_BOOTS = tuple(os.path.join("harness", process, "boot.py") for process in ("watchdog", "broker"))
+_IS_MEASURED = "_harness_is_measured"
 
 
 class _Measurement:
@@ -31,22 +32,36 @@ class _Measurement:
         self._package = package
         self._directory = directory
         self._native = _load("coverage.tracer", tracer_path)
-        self._tracer = self._native.CTracer()
-        self._tracer.data = self._data = dict[str, set[int]]()
-        self._tracer.trace_arcs = True
-        self._tracer.should_trace = self._should_trace
-        self._tracer.should_trace_cache = {}
-        self._tracer.warn = self._tracer.lock_data = self._tracer.unlock_data = lambda *_arguments: None
-        self._tracer.file_tracers = {}
-        # As coverage's collector sets them where there is one thread and no plugin.
+        self._data = dict[str, set[int]]()
+
+    def _new_tracer(self) -> Any:
+        tracer = self._native.CTracer()
+        tracer.data = self._data
+        tracer.trace_arcs = True
+        tracer.should_trace = self._should_trace
+        tracer.should_trace_cache = {}
+        tracer.warn = tracer.lock_data = tracer.unlock_data = lambda *_arguments: None
+        tracer.file_tracers = {}
+        # As coverage's collector sets them where there is no plugin.
         for name in ("concur_id_func", "check_include", "should_start_context", "switch_context", "disable_plugin"):
-            setattr(self._tracer, name, None)
+            setattr(tracer, name, None)
+        return tracer
 
     def start(self) -> None:
         os._exit = self._saving(os._exit)
         os.execv = self._saving(os.execv)
         os.execve = self._saving(os.execve)
-        self._tracer.start()
+        self._new_tracer().start()
+
+    def start_in_threads(self) -> None:
+        import threading  # noqa: PLC0415 - a watchdog has no thread, and does without
+
+        threading.settrace(self._start_in_thread)
+
+    def _start_in_thread(self, frame: Any, event: str, argument: Any) -> Any:
+        # As coverage's collector does it: each thread has a tracer of its own.
+        sys.settrace(None)
+        return self._new_tracer().start()(frame, event, argument)
 
     def _should_trace(self, filename: str, _frame: object) -> Any:
         found = self._native.CFileDisposition()
@@ -64,7 +79,7 @@ class _Measurement:
 
     def _save(self) -> None:
         path = os.path.join(self._directory, f"{os.getpid()}-{time.monotonic_ns()}")
-        data = marshal.dumps({filename: list(arcs) for filename, arcs in self._data.items()})
+        data = marshal.dumps({filename: list(arcs) for filename, arcs in list(self._data.items())})
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             os.write(descriptor, data)
@@ -84,15 +99,19 @@ def _load(name: str, path: str) -> Any:
 
 
 def main() -> None:
-    """Measure this process, if it is a watchdog in a measured run."""
+    """Measure this process, if it is a watchdog or a broker in a measured run."""
     tracer, directory = os.environ.get("COVERAGE_WATCHDOG_TRACER"), os.environ.get("COVERAGE_WATCHDOG_DIRECTORY")
-    program = next((argument for argument in sys.orig_argv if argument.endswith(_BOOT)), None)
-    if program is None or tracer is None or directory is None:
+    program = next((argument for argument in sys.orig_argv if argument.endswith(_BOOTS)), None)
+    # This file is run once more where lib64 is a link to lib.
+    if program is None or tracer is None or directory is None or hasattr(sys, _IS_MEASURED):
         return
-    # Coverage's .pth file comes next, and this file once more where lib64 is a link to lib: neither may start.
-    for name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG", "COVERAGE_WATCHDOG_TRACER"):
-        os.environ.pop(name, None)
-    _Measurement(tracer, program[: -len(os.path.join("watchdog", "boot.py"))], directory).start()
+    setattr(sys, _IS_MEASURED, True)
+    for name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):
+        os.environ.pop(name, None)  # coverage's .pth file comes next: it may not start
+    measurement = _Measurement(tracer, os.path.dirname(os.path.dirname(program)) + os.sep, directory)
+    if program.endswith(_BOOTS[1]):
+        measurement.start_in_threads()
+    measurement.start()
 
 
 main()

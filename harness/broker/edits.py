@@ -32,6 +32,7 @@ class Edits:
         self._boot = boot
         self._log = log
         self._queue: list[tuple[Callable[[Book], Book], Callable[[], None] | None]] = []
+        self._said = ""
         self.deadline: float | None = None
 
     def has_changed(self) -> bool:
@@ -50,7 +51,9 @@ class Edits:
 
         def change(content: dict[str, object]) -> tuple[dict[str, object], _Answer]:
             changed, answer = edit(self._book(content))
-            return changed.to_json_dict(), answer
+            fresh = changed.to_json_dict()
+            books.Book.from_json_dict(fresh)  # what nobody could read would end everybody's leases
+            return fresh, answer
 
         return self._store.change(change, timeout_s=_LOCK_S)
 
@@ -70,8 +73,11 @@ class Edits:
         except UNUSABLE as error:
             self._queue = queue + self._queue
             self.deadline = time.monotonic() + _AGAIN_S
-            self._log.write(f"the store of leases cannot be changed now: {error}")
+            if self._said != str(error):
+                self._said = str(error)
+                self._log.write(f"the store of leases cannot be changed now: {error}")
             return
+        self._said = ""
         for _, then in queue:
             if then is not None:
                 then()

@@ -31,7 +31,7 @@ _MIB = 1 << 20
 # A process that SIGKILL does not end has had its time.
 _STUCK_S = 1.0
 # Without a test process nobody waits for a verdict: what is not back by then is judged by whoever asks next.
-_NOBODY_WAITS_S = 5.0
+NOBODY_WAITS_S = 5.0
 # What a report has room for.
 _MOST_PROCESSES = 8
 _MOST_CHARACTERS = 160
@@ -127,7 +127,7 @@ class Tenants:
         self._is_heard = False
         self.client_gone()
         for key, tenancy in list(self._tenants.items()):
-            tenancy.limit_s = min(tenancy.limit_s, _NOBODY_WAITS_S)
+            tenancy.limit_s = min(tenancy.limit_s, NOBODY_WAITS_S)
             if tenancy.keeper is None:
                 self.keeper_ended(key)
 
@@ -320,7 +320,8 @@ class Tenants:
         if row.verdict == "held":
             mib = tenancy.releases[row.uuid].judgement.excess_bytes // _MIB
             return f"{mib} MiB did not come back from {tenancy.order.name!r} in {row.waited_s:.1f} s"
-        is_blind = row.verdict == "unknown" and (row.now_mib is None or not tenancy.releases[row.uuid].is_judged)
+        release = tenancy.releases[row.uuid]
+        is_blind = row.verdict == "unknown" and (not release.is_judged or release.baseline is None)
         return f"its memory cannot be told since {tenancy.order.name!r}: {row.note}" if is_blind else ""
 
     def _row(self, tenancy: _Tenancy, uuid: str, now: float) -> DeviceRelease:

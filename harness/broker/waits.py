@@ -238,7 +238,7 @@ class Waits:
         chosen = seen
         if request.devices:
             chosen = visible.pick(seen, [int(name) if name.isdecimal() else name for name in request.devices])
-        if len(chosen) < request.count:
+        if not 0 < request.count <= len(chosen):
             setting = "is not set" if request.visible is None else f"is {request.visible!r}"
             raise TooFew(
                 f"{request.count} GPUs are wanted, but this process sees {len(seen)} of the machine's"

@@ -42,7 +42,7 @@ class Leases:
 
     def __init__(self) -> None:
         """Begin with none."""
-        self._release_s: dict[int, float] = {}
+        self._requests: dict[int, Lease] = {}
         self._known: dict[int, LeaseStatus] = {}
         self._waits: list[tuple[int, int, float]] = []
         self._tenants: dict[int, tuple[list[str], float]] = {}
@@ -75,12 +75,12 @@ class Leases:
         if len(self._known) >= MOST_LEASES or request_id in self._known:
             return [events.Answer(request_id, Failed("HarnessError", "there is no room for this lease"))]
         self._known[request_id] = LeaseStatus(request_id, "waiting", "for the broker", [])
-        self._release_s[request_id] = request.release_s
+        self._requests[request_id] = request
         order = LeaseOrder(request_id, request)
         return [events.Answer(request_id, Done()), events.TellBroker(order)]
 
     def _end(self, lease: int) -> list[Effect]:
-        del self._release_s[lease]
+        del self._requests[lease]
         status = self._known.pop(lease).replaced(state="ended", text="the lease has been given back", devices=[])
         ended = [request_id for request_id, waited, _ in self._waits if waited == lease]
         self._waits = [wait for wait in self._waits if wait[1] != lease]
@@ -107,17 +107,19 @@ class Leases:
         if self._known:
             effects.append(events.TellBroker(ClientGoneOrder()))
         self._known = {}
-        self._release_s = {}
+        self._requests = {}
         return effects
 
     # ---- what happens to tenants
 
     def forked(self, key: int, launch: Launch, keeper: int, start_time: int) -> list[Effect]:
-        """Have the store name a keeper whose root is not there yet."""
+        """Have the store name a keeper whose root is not there yet. A lease for one server is given back with that."""
         lease = launch.lease or 0
-        self._tenants[key] = (launch.devices, self._release_s[lease])
+        request = self._requests[lease]
+        self._tenants[key] = (launch.devices, request.release_s)
         order = TenantOrder(key, lease, launch.name, keeper, start_time, launch.devices)
-        return [events.TellBroker(order)]
+        # Here, and not when the client says so: an interrupt may strike there first, and the lease would stay for good.
+        return [events.TellBroker(order), *(self._end(lease) if request.is_for_one else [])]
 
     def is_tenant(self, key: int) -> bool:
         """Say whether the broker has not said yet what became of this server's memory."""

@@ -1,4 +1,8 @@
-"""Tests that hang, in real pytest runs: their servers are stopped, they fail with their stacks, and the run goes on."""
+"""Tests that hang, in real pytest runs: their servers are stopped, they fail with their stacks, and the run goes on.
+
+The sleeps in the suites here are the hanging itself, or (where they are short) a test that takes so long and does not
+hang: nothing waits for a state by one.
+"""
 
 from __future__ import annotations
 

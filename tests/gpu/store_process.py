@@ -57,7 +57,7 @@ def turn(directory: str) -> None:
 
 def _stay() -> None:
     say("held")
-    time.sleep(100)
+    time.sleep(100)  # until it is killed: it is somebody who does not let go
 
 
 def add_as(directory: str, user: int) -> None:

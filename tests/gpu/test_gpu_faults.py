@@ -15,6 +15,7 @@ import processes
 import pytest
 
 import harness
+from harness import leasing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -372,6 +373,31 @@ def test_an_old_driver_without_the_second_form_is_read_all_the_same(
         standin.mark(f"missing.nvmlDeviceGet{function}")
     row = row_of(watchdog.stop([launch(watchdog, standin)]))
     assert (row.verdict, row.baseline_mib) == ("freed", 480), "the first form counts the driver's reserve"
+
+
+def test_a_broker_that_can_write_nothing_down_does_not_outlive_its_run(
+    machine: Machine, hold: Callable[..., Holder]
+) -> None:
+    holder = hold(machine.uuids[0])
+    lock = machine.state_dir / "gpu" / "book.lock"
+    lock.unlink()
+    lock.mkdir()
+    holder.signal(signal.SIGKILL, "client")
+    processes.wait_gone(holder.everybody, 12.0)
+    lock.rmdir()
+    next_one(machine, machine.uuids[0]).close()
+
+
+@pytest.mark.parametrize("wrong", [{"count": 0}, {"count": -1}, {"memory_mib": 0}, {"memory_mib": -5}])
+def test_a_request_that_no_client_of_ours_makes_harms_nobody(
+    standin: Standin, watchdog: harness.Watchdog, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, int]
+) -> None:
+    right = leasing._request
+    with monkeypatch.context() as patched:
+        patched.setattr(leasing, "_request", lambda *given, **named: right(*given, **named).replaced(**wrong))
+        with pytest.raises(harness.GpuUnavailable, match=r"not in the right form|GPUs are wanted"):
+            watchdog.launch(standin.server(), gpus=1, gpu_memory_mib=100)
+    assert launch(watchdog, standin).gpus == (standin.uuids[0],)
 
 
 def test_a_store_that_somebody_holds_fails_the_launch_and_nothing_else(standin: Standin, tmp_path: Path) -> None:

@@ -170,6 +170,14 @@ def test_a_launch_that_fails_gives_its_devices_back(watchdog: harness.Watchdog, 
         pass
 
 
+def test_a_launch_that_is_interrupted_before_it_gives_the_lease_back_does_not_keep_it(
+    watchdog: harness.Watchdog, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.leasing.GpuLease.end", lambda _lease: None)
+    launched(watchdog, machine, gpus=len(machine.uuids)).stop()
+    launched(watchdog, machine, gpus=len(machine.uuids)).stop()
+
+
 def test_an_interrupted_wait_takes_nothing(watchdog: harness.Watchdog, machine: Machine) -> None:
     held = launched(watchdog, machine, gpus=len(machine.uuids))
 

@@ -128,7 +128,7 @@ def test_alone(server_group, number, tmp_path_factory):
     server = serve(server_group, gpus=1)
     taken = tmp_path_factory.getbasetemp().parent / server.gpus[0]
     taken.mkdir()  # fails if another has it
-    time.sleep(0.05)
+    time.sleep(0.05)  # another worker has time to be wrong
     taken.rmdir()
 """,
     )

@@ -328,6 +328,20 @@ def test_a_number_is_a_lease_once_and_a_client_has_only_so_many() -> None:
     assert len(driven.orders) == MOST_LEASES
 
 
+def test_a_lease_for_one_server_is_given_back_by_its_launch() -> None:
+    """An interrupt may strike the client before it says so."""
+    driven = Leasing()
+    lease = driven.request(LEASE.replaced(is_for_one=True))
+    driven.say(LeaseStatus(lease, "granted", "", ["GPU-1"]))
+    key = driven.launched(lease)
+    assert driven.orders[1:] == [TenantOrder(key, lease, "a", 200 + key, 77, ["GPU-1"]), EndLeaseOrder(lease)]
+    assert isinstance(driven.reply(driven.request(EndLease(lease))), Failed)
+    driven.say(TenantRecorded(key))
+    assert driven.made(events.Go) == [events.Go(key)]
+    driven.tell(events.TreeGone(key))
+    assert driven.orders[-1] == TenantGone(key, is_stuck=False)
+
+
 def test_the_devices_of_a_lease_can_become_fewer() -> None:
     driven = Leasing()
     lease = driven.granted()

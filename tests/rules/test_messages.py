@@ -25,6 +25,7 @@ LEASE = lease_messages.Lease(
     order="PCI_BUS_ID",
     wait_s=10.0,
     release_s=60.0,
+    is_for_one=False,
     store="/s",
     is_shared=False,
     paths=["/p"],

@@ -14,6 +14,7 @@ from harness.errors import GpuUnavailable, HarnessError, LaunchFailed, SpecError
 from harness.forking import WatchdogProcess
 from harness.group import ServerGroup
 from harness.launching import Launcher
+from harness.leasing import GpuLease
 from harness.link import Link
 from harness.outcomes import StopReport, outcome_of
 from harness.server import Server
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from types import TracebackType
 
-    from harness.leasing import GpuLease
     from harness.specs import StrPath
 
 DEFAULT_CRASH_GRACE_S = 5.0
@@ -116,16 +116,18 @@ class Watchdog(Launcher):
         name = spec.name if spec.name is not None else f"{Path(spec.command[0]).name}-{next(self._names)}"
         if spec.gpus is None:
             return self._launch_on(link, replace(spec, name=name), None, (), register)
-        lease = self.lease(spec.gpus, name, is_for_one=True)
+        lease = self.new_lease(name)
         try:
+            lease.take(spec.gpus, is_for_one=True)
             return self._launch_on(link, replace(spec, name=name), lease, lease.devices, register)
-        finally:
-            lease.end()  # if the launch has failed: else it is given back already
+        except BaseException:
+            lease.end()
+            raise
 
-    def lease(self, wish: specs.GpuWish, name: str, *, is_for_one: bool = False) -> GpuLease:
-        """Wait for GPUs, in arrival order; for `launch` and for groups. Raises GpuUnavailable."""
+    def new_lease(self, name: str) -> GpuLease:
+        """Make a lease that nothing has been asked for yet; for `launch` and for groups."""
         terms = leasing.terms(self._state_dir, self._wait_s, self._release_s)
-        return leasing.take(self._started(), wish, terms, name, is_for_one=is_for_one)
+        return GpuLease(self._started(), terms, name)
 
     def launch_on(
         self, spec: specs.ServerSpec, lease: GpuLease, devices: tuple[str, ...], register: Callable[[Server], None]

@@ -24,8 +24,9 @@ def watchdog(request: pytest.FixtureRequest) -> Iterator[Watchdog]:
     """
     owner = session.watchdog_of(request.config)
     yield owner
-    # Who was stopped before was reported then; only a process that SIGKILL did not end may still be there.
-    owner.stop([server for server in owner.servers if not server.has_ended]).raise_if_leaked()
+    # The plugin has reported those that tests have stopped, each with its test.
+    is_reported = session.reports_leaks(request.config)
+    owner.stop([server for server in owner.servers if not (is_reported and server.has_ended)]).raise_if_leaked()
 
 
 @pytest.fixture

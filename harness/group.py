@@ -30,7 +30,7 @@ class _Owner(Protocol):
         self, spec: specs.ServerSpec, lease: GpuLease, devices: tuple[str, ...], register: Callable[[Server], None]
     ) -> Server: ...
 
-    def lease(self, wish: GpuWish, name: str) -> GpuLease: ...
+    def new_lease(self, name: str) -> GpuLease: ...
 
     def stop(self, servers: Iterable[Server], *, grace_s: float | None = None) -> StopReport: ...
 
@@ -45,7 +45,7 @@ class ServerGroup(Launcher):
         """Not for users: a group is made by `Watchdog.group`."""
         self._owner = owner
         self.name = name
-        self._leased = None if gpus is None else SharedLease(lambda: owner.lease(gpus, name))
+        self._leased = None if gpus is None else SharedLease(lambda: owner.new_lease(name), gpus)
         self._lock = threading.Lock()
         # Who has which name; None while it is being launched.
         self._named: dict[str, Server | None] = {}
@@ -149,6 +149,8 @@ class ServerGroup(Launcher):
         """Stop all servers; raises Leaked if something survived and the body raised nothing."""
         with self._lock:
             self._has_been_left = True
+        if self._leased is not None:
+            self._leased.close()
         report = self.stop()
         if error is None:
             report.raise_if_leaked()

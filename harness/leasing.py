@@ -53,33 +53,33 @@ def terms(state_dir: Path, wait_s: float, release_s: float) -> LeaseTerms:
 
 
 class GpuLease:
-    """Devices that nobody else is given until they have been given back, and their memory is back."""
+    """Devices that nobody else is given until they have been given back, and their memory is back.
 
-    def __init__(self, link: Link, number: int, devices: tuple[str, ...]) -> None:
-        """Take a lease that the watchdog has granted; `devices` are UUIDs."""
+    It is made before anything is asked for, so that `end` can be called whatever interrupts what follows.
+    """
+
+    def __init__(self, link: Link, terms: LeaseTerms, name: str) -> None:
+        """Take what `take` needs; `devices` are UUIDs, none before it has returned."""
         self._link = link
-        self.number = number
-        self.devices = devices
+        self._terms = terms
+        self._name = name
+        self.number = link.new_key()
+        self.devices: tuple[str, ...] = ()
+
+    def take(self, wish: GpuWish, *, is_for_one: bool = False) -> GpuLease:
+        """Wait for the devices, in arrival order; raises GpuUnavailable if there will be none.
+
+        A lease that `is_for_one` server is given back by its launch.
+        """
+        self._link.memory_s = max(self._link.memory_s, self._terms.release_s)
+        self._link.lease(self.number, _request(wish, self._terms, self._name, is_for_one=is_for_one))
+        self.devices = _wait(self._link, self.number, self._name)
+        return self
 
     def end(self) -> None:
-        """Launch nothing more on it: each device is given back once the memory of the servers on it is."""
-        with contextlib.suppress(HarnessError):  # the watchdog has died or was closed, or somebody has ended it
+        """Launch nothing more on it, and wait for it no longer: what it has is given back once its memory is back."""
+        with contextlib.suppress(HarnessError):  # the watchdog has died or was closed, or nothing was asked for
             self._link.request(EndLease(self.number), Done)
-
-
-def take(link: Link, wish: GpuWish, terms: LeaseTerms, name: str, *, is_for_one: bool) -> GpuLease:
-    """Wait for a lease, in arrival order; raises GpuUnavailable if there will be none.
-
-    One that `is_for_one` server needs no `end` once that has been launched: an interrupt could come before it.
-    """
-    number = link.new_key()
-    link.memory_s = max(link.memory_s, terms.release_s)
-    try:
-        link.lease(number, _request(wish, terms, name, is_for_one=is_for_one))
-        return GpuLease(link, number, _wait(link, number, name))
-    except BaseException:
-        GpuLease(link, number, ()).end()  # Ctrl-C, a test's deadline: nobody will ever hold it
-        raise
 
 
 def _request(wish: GpuWish, terms: LeaseTerms, name: str, *, is_for_one: bool) -> Lease:
@@ -157,26 +157,58 @@ class Share:
 class SharedLease:
     """The lease of a group, taken by its first launch. Each server takes its share of the devices, or sees them all."""
 
-    def __init__(self, take: Callable[[], GpuLease]) -> None:
-        """Take how it is leased."""
-        self._take = take
-        self._lock = threading.Lock()
-        self._lease: GpuLease | None = None
+    def __init__(self, make: Callable[[], GpuLease], wish: GpuWish) -> None:
+        """Take how a lease is made, and what is wanted."""
+        self._make = make
+        self._wish = wish
+        self._changed = threading.Condition()
+        self._lease: GpuLease | None = None  # it has no devices as long as a thread waits for them
         self._shares: list[Share] = []
+        self._is_closed = False
 
     def share(self, wish: GpuWish | None) -> Share:
         """Give a server its share.
 
-        Raises SpecError if the group has too few devices left, GpuUnavailable as `take` does.
+        Raises SpecError if the group has too few devices left, GpuUnavailable as `GpuLease.take` does.
         """
-        with self._lock:
-            if self._lease is None:
-                self._lease = self._take()
-            if wish is None:
-                return Share(self._lease, self._lease.devices)
-            share = Share(self._lease, self._chosen(wish, self._lease.devices))
-            self._shares.append(share)
-            return share
+        while True:
+            with self._changed:
+                self._check_open()
+                if self._lease is None:
+                    lease = self._lease = self._make()
+                    break
+                if self._lease.devices:
+                    return self._shared(self._lease, wish)
+                self._changed.wait()  # another thread's launch waits for all of them
+        try:
+            # Without the lock: whoever stops the group meanwhile ends this wait.
+            lease.take(self._wish)
+        except BaseException:
+            self._forget(lease)
+            raise
+        with self._changed:
+            self._changed.notify_all()
+            if self._lease is lease:
+                return self._shared(lease, wish)
+        raise HarnessError("the group was stopped while its GPUs were waited for")
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise HarnessError("the group has been left: it leases nothing more")
+
+    def _shared(self, lease: GpuLease, wish: GpuWish | None) -> Share:
+        if wish is None:
+            return Share(lease, lease.devices)
+        share = Share(lease, self._chosen(wish, lease.devices))
+        self._shares.append(share)
+        return share
+
+    def _forget(self, lease: GpuLease) -> None:
+        with self._changed:
+            if self._lease is lease:
+                self._lease = None
+            self._changed.notify_all()
+        lease.end()  # Ctrl-C, a test's deadline: nobody will ever hold it
 
     def _chosen(self, wish: GpuWish, devices: tuple[str, ...]) -> tuple[str, ...]:
         if wish.memory_mib is not None:
@@ -193,11 +225,18 @@ class SharedLease:
 
     def end(self) -> None:
         """Give the devices back, as soon as their memory is; a later launch takes another lease."""
-        with self._lock:
+        with self._changed:
             lease, self._lease = self._lease, None
             self._shares = []
+            self._changed.notify_all()
         if lease is not None:
             lease.end()
+
+    def close(self) -> None:
+        """Lease nothing more; `end` follows."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
 
 
 def _find(devices: tuple[str, ...], wanted: str) -> str:

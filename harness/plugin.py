@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["server_group", "watchdog"]
 
-# The test has failed for what its servers left behind: it is not said again.
-_HAS_LEAKED = pytest.StashKey[bool]()
+_LEFT_BEHIND = "harness: what servers left behind"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -98,7 +97,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Result[None], None
     with _phase(item):
         outcome = yield
     if isinstance(outcome.exception, (GpuNotReleased, Leaked)):
-        item.stash[_HAS_LEAKED] = True
+        leak = session.unreported_leak(item.config)  # so that its teardown does not say it again
+        if leak is not None and str(leak) != str(outcome.exception):
+            item.add_report_section("call", _LEFT_BEHIND, str(leak))
     if watch is not None and watch.is_unreported and outcome.exception is None:
         outcome.force_exception(watch.failure())
 
@@ -110,8 +111,10 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, Result[None], 
         outcome = yield
     end_test(item.config)
     leak = session.unreported_leak(item.config)
-    if leak is not None and outcome.exception is None and not item.stash.get(_HAS_LEAKED, False):
+    if leak is not None and outcome.exception is None:
         outcome.force_exception(leak)
+    elif leak is not None and str(leak) != str(outcome.exception):
+        item.add_report_section("teardown", _LEFT_BEHIND, str(leak))
     watch = session.watched_test(item.config)
     if watch is not None and watch.is_unreported and outcome.exception is None:
         outcome.force_exception(watch.failure())

@@ -89,6 +89,11 @@ def _watchdog(config: pytest.Config) -> Watchdog:
     )
 
 
+def reports_leaks(config: pytest.Config) -> bool:
+    """Say whether the plugin is there, and not only the fixtures: it asks for `unreported_leak` after each test."""
+    return _STDERR in config.stash
+
+
 def unreported_leak(config: pytest.Config) -> HarnessError | None:
     """Give what says that a server's stop left processes or GPU memory behind, once for each server."""
     if _WATCHDOG not in config.stash:

@@ -10,8 +10,9 @@ import sys
 import time
 
 from harness import messages
-from harness.lease_messages import LeaseOrder
+from harness.lease_messages import LeaseOrder, LeaseStatus
 from harness.watchdog import events
+from harness.watchdog.leases import BROKER_ANSWER_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ _SOCKET = 3
 # Without leases it ends in some 10 ms.
 _END_S = 1.0
 _END_POLL_S = 0.002
+# Some 280 orders have room in the socket.
+_AGAIN_S = 0.01
 
 
 class Brokering:
@@ -45,34 +48,64 @@ class Brokering:
         self._tell = tell
         self._log = log
         self._socket: socket.socket | None = None
+        self._store = ""
         self._pid: int | None = None
+        self._unreaped: set[int] = set()
+        self._unsent: list[bytes] = []
+        self._unsent_since = 0.0
 
     @property
     def pids(self) -> frozenset[int]:
-        """Give the broker's pid, if there is one: it is no orphan."""
-        return frozenset() if self._pid is None else frozenset({self._pid})
+        """Give the brokers that have not been reaped: they are no orphans."""
+        return frozenset(self._unreaped)
+
+    @property
+    def deadline(self) -> float | None:
+        """Give when `see_time` has to be called next, or None."""
+        return time.monotonic() + _AGAIN_S if self._unsent else None
+
+    def see_time(self, now: float) -> None:
+        """Send what there was no room for; a broker that has not read for long is stopped, and is ended."""
+        self._flush()
+        if self._unsent and now - self._unsent_since > BROKER_ANSWER_S:
+            self.kill()
 
     def send(self, order: BrokerOrder) -> None:
         """Send an order; the one that asks for a lease starts a broker if there is none."""
-        if self._socket is None:
-            if not isinstance(order, LeaseOrder):
-                return  # its broker has died, and whoever waited for it has been told
-            try:
-                self._start(order)
-            except OSError as error:
-                self._tell(events.BrokerLost(f"the broker of GPUs cannot be started: {error.strerror}"))
+        if isinstance(order, LeaseOrder):
+            if self._socket is None:
+                self._start_for(order)
+            elif order.request.store != self._store:
+                text = f"this watchdog's leases are in {self._store}, and not in {order.request.store}"
+                self._tell(events.BrokerSaid(LeaseStatus(order.lease, "refused", text, [])))
                 return
-        self._deliver(order)
-
-    def _deliver(self, order: BrokerOrder) -> None:
         if self._socket is None:
-            return
-        try:
-            self._socket.send(messages.pack(order), socket.MSG_DONTWAIT)
-        except OSError:
-            self._kill()  # dead, or stopped for so long that its orders fill the socket: its end is seen soon
+            return  # its broker has died, and whoever waited for it has been told
+        if not self._unsent:
+            self._unsent_since = time.monotonic()
+        self._unsent.append(messages.pack(order))
+        self._flush()
 
-    def _kill(self) -> None:
+    def _start_for(self, order: LeaseOrder) -> None:
+        try:
+            self._start(order)
+        except OSError as error:
+            self._tell(events.BrokerLost(f"the broker of GPUs cannot be started: {error.strerror}"))
+
+    def _flush(self) -> None:
+        while self._unsent and self._socket is not None:
+            try:
+                self._socket.send(self._unsent[0], socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                self.kill()  # it is dead already, which is seen soon, or what it is sent is too long for a message
+                return
+            del self._unsent[0]
+            self._unsent_since = time.monotonic()
+
+    def kill(self) -> None:
+        """End the broker, which is of no use: what it had leased is judged by the next one."""
         if self._pid is not None:
             os.kill(self._pid, signal.SIGKILL)  # it has not been reaped, so the number is its own
 
@@ -96,7 +129,8 @@ class Brokering:
             raise
         finally:
             theirs.close()
-        self._socket = ours
+        self._unreaped.add(self._pid)
+        self._socket, self._store, self._unsent = ours, order.request.store, []
         self._watch(ours.fileno(), self._read)
 
     def _read(self) -> None:
@@ -105,6 +139,8 @@ class Brokering:
                 data = self._socket.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
+            except ConnectionResetError:
+                continue  # it ended with an order unread: the kernel says so once, before it gives the last reports
             except OSError:
                 data = b""
             if not data:
@@ -113,12 +149,14 @@ class Brokering:
             self._tell(events.BrokerSaid(messages.unpack(data)))  # type: ignore[arg-type]  # a broker sends only those
 
     def reaped(self, pid: int) -> bool:
-        """Say whether this child was the broker, whose end is told then."""
-        if pid != self._pid:
+        """Say whether this child was a broker; the end of the present one is told then."""
+        if pid not in self._unreaped:
             return False
-        self._read()
-        self._pid = None
-        self._lose()
+        self._unreaped.discard(pid)
+        if pid == self._pid:
+            self._pid = None  # first: nothing below may signal the number, which is not its own any more
+            self._read()
+            self._lose()
         return True
 
     def _lose(self) -> None:
@@ -126,8 +164,9 @@ class Brokering:
             return
         self._forget(self._socket.fileno())
         self._socket.close()
-        self._socket = None
-        self._kill()  # one that has closed its socket is of no use
+        self._socket, self._unsent = None, []
+        self.kill()  # one that has closed its socket is of no use
+        self._pid = None
         self._tell(events.BrokerLost("the broker of GPUs has died: what it had leased is judged by the next one"))
 
     def end(self) -> None:

@@ -158,6 +158,10 @@ class TellBroker(Record):
     order: BrokerOrder
 
 
+class EndBroker(Record):
+    """End the broker, which does not answer."""
+
+
 class Take(Record):
     """Begin to watch a process that the test process started."""
 
@@ -236,6 +240,7 @@ Effect: TypeAlias = (
     Spawn
     | Go
     | TellBroker
+    | EndBroker
     | Take
     | Ask
     | Kill

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 BROKER_ANSWER_S = 10.0
 # Each thread of a client waits for one lease.
 MOST_LEASES = 1024
+_SILENT = "the broker of GPUs does not answer: it is stopped, or hangs"
 
 
 class Leases:
@@ -48,20 +49,21 @@ class Leases:
         self._tenants: dict[int, tuple[list[str], float]] = {}
         self._asked: set[int] = set()
         self._gone: set[int] = set()
-        self._deadlines = Deadlines()
+        self._deadlines = Deadlines()  # of the verdicts on tenants
+        self._patience = Deadlines()  # with the broker, which is to grant or refuse a lease
 
     def next_deadline(self) -> float | None:
         """Give when `due` has to be called next, or None."""
         times = [deadline for _, _, deadline in self._waits]
-        verdict = self._deadlines.next()
-        return min(times if verdict is None else [*times, verdict], default=None)
+        times += [time for time in (self._deadlines.next(), self._patience.next()) if time is not None]
+        return min(times, default=None)
 
     # ---- what the client asks
 
     def request(self, request_id: int, request: Lease | WaitLease | EndLease, now: float) -> list[Effect]:
         """Take a request; its reply comes now or, for WaitLease, later."""
         if isinstance(request, Lease):
-            return self._lease(request_id, request)
+            return self._lease(request_id, request, now)
         if request.lease not in self._known:
             return [events.Answer(request_id, Failed("SpecError", f"this watchdog has no lease {request.lease}"))]
         if isinstance(request, EndLease):
@@ -71,16 +73,18 @@ class Leases:
         self._waits.append((request_id, request.lease, now + request.timeout_s))
         return self._settled(now)
 
-    def _lease(self, request_id: int, request: Lease) -> list[Effect]:
+    def _lease(self, request_id: int, request: Lease, now: float) -> list[Effect]:
         if len(self._known) >= MOST_LEASES or request_id in self._known:
             return [events.Answer(request_id, Failed("HarnessError", "there is no room for this lease"))]
         self._known[request_id] = LeaseStatus(request_id, "waiting", "for the broker", [])
         self._requests[request_id] = request
+        self._patience.set(request_id, now + request.wait_s + BROKER_ANSWER_S)
         order = LeaseOrder(request_id, request)
         return [events.Answer(request_id, Done()), events.TellBroker(order)]
 
     def _end(self, lease: int) -> list[Effect]:
         del self._requests[lease]
+        self._patience.set(lease, None)
         status = self._known.pop(lease).replaced(state="ended", text="the lease has been given back", devices=[])
         ended = [request_id for request_id, waited, _ in self._waits if waited == lease]
         self._waits = [wait for wait in self._waits if wait[1] != lease]
@@ -91,6 +95,8 @@ class Leases:
         """Say why this launch cannot be: its lease is not held, or does not have these devices; "" if it can."""
         if launch.lease is None:
             return ""
+        if not launch.devices:
+            return f"{launch.name!r}: it names no device of its lease"
         status = self._known.get(launch.lease)
         if status is None or status.state != "granted":
             return f"{launch.name!r}: its lease is not held" + (f": {status.text}" if status and status.text else "")
@@ -106,6 +112,8 @@ class Leases:
         ]
         if self._known:
             effects.append(events.TellBroker(ClientGoneOrder()))
+        for lease in self._known:
+            self._patience.set(lease, None)
         self._known = {}
         self._requests = {}
         return effects
@@ -151,17 +159,27 @@ class Leases:
         if status.lease not in self._known:
             return []
         self._known[status.lease] = status
+        if status.state != "waiting":
+            self._patience.set(status.lease, None)
         return self._settled(now)
 
     def due(self, now: float) -> tuple[Unjudged, list[Effect]]:
-        """Give the tenants whose verdict has not come in time, and reply to those who have waited long enough."""
-        reason = "the broker does not say what became of the memory"
-        return {key: self._unknown(key, reason) for key in self._deadlines.take(now)}, self._settled(now)
+        """Give the tenants whose verdict has not come in time, and reply to those who have waited long enough.
+
+        A broker that is silent for so long is stopped, or hangs: it is ended, so that the next one judges.
+        """
+        unjudged = {key: self._unknown(key, _SILENT) for key in self._deadlines.take(now)}
+        unanswered = self._patience.take(now)
+        for lease in unanswered:
+            self._known[lease] = LeaseStatus(lease, "refused", _SILENT, [])
+        ended: list[Effect] = [events.EndBroker()] if unjudged or unanswered else []
+        return unjudged, [*ended, *self._settled(now)]
 
     def broker_lost(self, reason: str, now: float) -> tuple[Unjudged, list[Effect]]:
         """Give the tenants whose verdict will never come; every lease that is wanted or held is refused from now on."""
         for lease, status in self._known.items():
             self._known[lease] = status.replaced(state="refused", text=reason, devices=[])
+            self._patience.set(lease, None)
         return {key: self._unknown(key, reason) for key in self._tenants}, self._settled(now)
 
     def _unknown(self, key: int, reason: str) -> list[DeviceRelease]:

@@ -94,6 +94,7 @@ class Loop:
             events.Spawn: self._spawn,
             events.Go: self._go,
             events.TellBroker: lambda effect: self._brokering.send(effect.order),
+            events.EndBroker: lambda _effect: self._brokering.kill(),
             events.Take: self._take,
             events.Ask: self._ask,
             events.Kill: self._kill,
@@ -130,7 +131,8 @@ class Loop:
             self._log.mistake(error)
 
     def _timeout_s(self) -> float:
-        deadlines = (self._supervisor.next_deadline(), self._orphans.deadline, self._adopting.deadline)
+        others = (self._orphans.deadline, self._adopting.deadline, self._brokering.deadline)
+        deadlines = (self._supervisor.next_deadline(), *others)
         times = [deadline for deadline in deadlines if deadline is not None]
         return min(max(0.0, min(times) - time.monotonic()), _LONGEST_POLL_S) if times else -1
 
@@ -270,6 +272,7 @@ class Loop:
             if event is not None:
                 self._tell(event)
         self._adopting.see_time(now)
+        self._brokering.see_time(now)
 
     # ---- effects
 

@@ -243,7 +243,6 @@ class Supervisor:
             server.root_exited = True
             server.returncode = event.returncode
             self._move(server, Sign.EXITED)
-            self._effects += self._leases.asked([server.key])
         elif isinstance(event, events.TreeGone):
             self._end(server, Sign.EMPTY, now)
         elif isinstance(event, events.KillSeen):
@@ -332,7 +331,7 @@ class Supervisor:
             self._count(server, owes_memory=False)
             if server.phase is Phase.LAUNCHING:
                 # Its keeper waits for the broker's word, and would wait for good.
-                self._fail_launch(server, f"{server.name!r}: its lease could not be recorded: {server.gpu[0].note}")
+                self._fail_launch(server, f"{server.name!r}: {released[server.key][0].note}")
                 self._kill([server], now)
 
     def _on_tick(self, now: float) -> None:

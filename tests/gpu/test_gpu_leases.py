@@ -147,6 +147,52 @@ def test_a_group_leases_all_at_once_and_each_server_has_its_share(watchdog: harn
     assert len(report.gpu.devices) == 5
 
 
+def test_a_group_that_is_stopped_while_it_waits_for_gpus_waits_no_longer(
+    watchdog: harness.Watchdog, machine: Machine
+) -> None:
+    everything = launched(watchdog, machine, gpus=len(machine.uuids))
+    failures: list[harness.HarnessError] = []
+
+    def launch(group: harness.ServerGroup) -> None:
+        try:
+            group.launch(machine.server(), gpus=1)
+        except harness.HarnessError as error:
+            failures.append(error)
+
+    group = watchdog.group("waits", gpus=1)
+    threads = [threading.Thread(target=launch, args=(group,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    processes.wait_for(lambda: len(machine.book(machine.state_dir)["waiters"]) == 1, SOON_S, "one waits for both")
+    with group:
+        pass
+    for thread in threads:
+        thread.join(SOON_S)
+    assert len(failures) == 2
+    with pytest.raises(harness.HarnessError, match="has been left"):
+        group.lease_gpus()
+    watchdog.stop([everything])
+    launched(watchdog, machine, gpus=len(machine.uuids)).stop()
+
+
+def test_a_launch_that_comes_too_late_for_its_group_keeps_no_gpu(
+    watchdog: harness.Watchdog, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = watchdog.group("left", gpus=len(machine.uuids))
+    reserve = group._reserve
+
+    def reserve_and_leave(name: str | None) -> str:
+        reserved = reserve(name)
+        with group:
+            pass
+        return reserved
+
+    monkeypatch.setattr(group, "_reserve", reserve_and_leave)
+    with pytest.raises(harness.HarnessError, match="has been left"):
+        group.launch(machine.server())
+    launched(watchdog, machine, gpus=len(machine.uuids)).stop()
+
+
 def test_a_group_may_be_used_again_after_its_stop(watchdog: harness.Watchdog, machine: Machine) -> None:
     with watchdog.group("twice", gpus=1) as group:
         for number in range(2):
@@ -173,7 +219,7 @@ def test_a_launch_that_fails_gives_its_devices_back(watchdog: harness.Watchdog, 
 def test_a_launch_that_is_interrupted_before_it_gives_the_lease_back_does_not_keep_it(
     watchdog: harness.Watchdog, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.leasing.GpuLease.end", lambda _lease: None)
+    monkeypatch.setattr("harness.leasing.GpuLease.end", lambda _lease: None)  # whenever the interrupt came
     launched(watchdog, machine, gpus=len(machine.uuids)).stop()
     launched(watchdog, machine, gpus=len(machine.uuids)).stop()
 

@@ -182,6 +182,34 @@ def test_sees_it(watchdog):
     run(pytester).assert_outcomes(failed=1)
 
 
+def test_a_leak_beside_another_failure_is_said_too(pytester: pytest.Pytester, standin: Standin) -> None:
+    make(
+        pytester,
+        standin,
+        """
+@pytest.fixture
+def breaks():
+    yield
+    raise RuntimeError("for a reason of its own")
+
+def test_breaks(breaks, watchdog):
+    serve(watchdog, "--linger-ms", "60000", gpus=1, name="hidden").stop()
+""",
+        """
+def test_leaks_twice(watchdog):
+    serve(watchdog, "--linger-ms", "60000", gpus=1, name="silent").stop()
+    raise harness.GpuNotReleased("another")
+""",
+        ini="harness_gpu_release_s = 0.5",
+    )
+    result = run(pytester)
+    result.assert_outcomes(passed=1, errors=1, failed=1)
+    result.stdout.fnmatch_lines(
+        ["*RuntimeError: for a reason of its own", "*what servers left behind*", "*'hidden': GPU*"]
+    )
+    result.stdout.fnmatch_lines(["*GpuNotReleased: another", "*what servers left behind*", "*'silent': GPU*"])
+
+
 def test_a_session_server_gives_its_gpu_back_at_the_end(pytester: pytest.Pytester, machine: Machine) -> None:
     make(
         pytester,

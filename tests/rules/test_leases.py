@@ -89,18 +89,18 @@ def test_a_lease_is_asked_for_and_waited_for() -> None:
     assert not driven.replies[wait]
     driven.say(LeaseStatus(lease, "granted", "", ["GPU-1"]))
     assert driven.reply(wait) == LeaseStatus(lease, "granted", "", ["GPU-1"])
-    assert driven.deadline_s is None
+    assert driven.deadline_s is None, "it has been patient enough with the broker"
 
 
 def test_a_wait_that_ends_says_what_is_waited_for() -> None:
     driven = Leasing()
     lease = driven.wanted()
-    waits = [driven.wait(lease, 20.0), driven.wait(lease, 30.0)]
+    waits = [driven.wait(lease, 5.0), driven.wait(lease, 8.0)]
     driven.say(LeaseStatus(lease, "waiting", "for GPU 0", []))
-    driven.tick(20.0)
+    driven.tick(5.0)
     assert driven.reply(waits[0]) == LeaseStatus(lease, "waiting", "for GPU 0", [])
     assert not driven.replies[waits[1]]
-    assert driven.deadline_s == 30.0
+    assert driven.deadline_s == 8.0
 
 
 def test_no_root_is_started_before_the_store_names_its_keeper() -> None:
@@ -112,6 +112,13 @@ def test_no_root_is_started_before_the_store_names_its_keeper() -> None:
     assert driven.made(events.Go) == [events.Go(key)]
     driven.tell(events.Started(key, 101, 7, 201, {}))
     assert isinstance(driven.reply(key), Launched)
+
+
+def test_a_launch_that_names_no_device_of_its_lease_is_refused() -> None:
+    driven = Leasing()
+    reply = driven.reply(driven.request(launch_of("a", lease=driven.granted())))
+    assert isinstance(reply, Failed)
+    assert not driven.made(events.Spawn)
 
 
 @pytest.mark.parametrize("state", ["none", "waiting", "refused", "ended", "other device"])
@@ -153,12 +160,22 @@ def test_a_stop_waits_for_the_memory_too() -> None:
 def test_the_broker_is_told_once_that_a_server_begins_to_end_and_once_that_it_has() -> None:
     driven = Leasing()
     key = driven.tenant()
-    driven.tell(events.RootExited(key, 0))
     driven.stop(key)
+    driven.tell(events.RootExited(key, 0))
     driven.stop(key, kill=True)
     driven.tell(events.TreeStuck(key, [Survivor(7, "D", "", "")]))
     driven.tell(events.TreeGone(key))
     assert driven.orders[2:] == [TenantAsked(key), TenantGone(key, is_stuck=True)]
+
+
+def test_a_root_that_exits_by_itself_may_leave_a_tree_that_takes_memory_later() -> None:
+    """A daemon: its device must not be handed over as if it were being stopped."""
+    driven = Leasing()
+    key = driven.tenant()
+    driven.tell(events.RootExited(key, 0))
+    assert driven.orders[2:] == []
+    driven.stop(key)
+    assert driven.orders[2:] == [TenantAsked(key)]
 
 
 def test_memory_that_is_back_before_the_tree_has_ended_does_not_end_the_stop() -> None:
@@ -202,6 +219,36 @@ def test_a_broker_that_says_nothing_holds_up_a_stop_only_so_long() -> None:
     driven.tick(limit_s)
     (row,) = driven.stopped(stop).outcomes[0].gpu
     assert (row.uuid, row.verdict) == ("GPU-1", "unknown")
+    assert driven.made(events.EndBroker), "the next one judges"
+
+
+def test_a_broker_that_says_nothing_holds_up_a_lease_only_so_long() -> None:
+    driven = Leasing()
+    lease, granted = driven.wanted(), driven.granted()
+    wait = driven.wait(lease, 1000.0)
+    driven.say(LeaseStatus(lease, "waiting", "for GPU 0", []))
+    limit_s = LEASE.wait_s + BROKER_ANSWER_S
+    assert driven.deadline_s == limit_s
+    driven.tick(limit_s)
+    reply = driven.reply(wait)
+    assert isinstance(reply, LeaseStatus)
+    assert (reply.state, reply.text) == ("refused", "the broker of GPUs does not answer: it is stopped, or hangs")
+    assert driven.made(events.EndBroker) == [events.EndBroker()]
+    assert driven.deadline_s is None
+    assert driven.status_of(granted) == LeaseStatus(granted, "granted", "", ["GPU-1"])
+
+
+@pytest.mark.parametrize("end", ["given back", "broker", "client"])
+def test_nobody_is_impatient_for_a_lease_that_is_not_wanted(end: str) -> None:
+    driven = Leasing()
+    lease = driven.wanted()
+    if end == "given back":
+        driven.request(EndLease(lease))
+    elif end == "broker":
+        driven.tell(events.BrokerLost(DEATH))
+    else:
+        driven.tell(events.ClientGone("test"))
+    assert driven.deadline_s is None
 
 
 def test_a_broker_that_dies_is_an_unknown_verdict_for_all_and_refuses_all() -> None:

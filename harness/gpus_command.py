@@ -176,7 +176,7 @@ def _is_anybody_alive(lease: Lease) -> bool | None:
 def _is_alive(who: Who) -> bool | None:
     if who.namespace != os.stat("/proc/self/ns/pid").st_ino:
         return None
-    return procfs.is_alive(who.pid, who.start_time)
+    return procfs.may_be_alive(who.pid, who.start_time)
 
 
 # ---- what there is

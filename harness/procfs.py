@@ -60,6 +60,18 @@ def is_alive(pid: int, start_time: int) -> bool:
     return found is not None and found.start_time == start_time and found.state not in "ZX"
 
 
+def may_be_alive(pid: int, start_time: int) -> bool | None:
+    """Say whether exactly this process exists and is no zombie; None if /proc hides others' (hidepid=, proc(5))."""
+    if stat(pid) is None:
+        try:
+            os.kill(pid, 0)
+        except PermissionError:
+            return None
+        except ProcessLookupError:
+            return False
+    return is_alive(pid, start_time)
+
+
 def children(pid: int) -> list[int]:
     """Give the children of all threads of a process; processes that are forked meanwhile may be missed.
 

@@ -88,7 +88,8 @@ class Baseline:
 class Quarantine:
     """Why a device is given to nobody, since when, and after whose lease.
 
-    `pids` (with start times) are those of the lease that the device has listed, in this PID `namespace`.
+    `pids` (with start times) are those of the lease that the device has listed, in this PID `namespace`; `is_complete`
+    unless its broker had died, so that nobody was there to note others.
     """
 
     reason: str
@@ -96,6 +97,7 @@ class Quarantine:
     lease: str
     pids: tuple[tuple[int, int], ...] = ()
     namespace: int = 0
+    is_complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,14 @@ def _quarantine(found: dict[str, Any]) -> Quarantine:
         lease=_is(found["lease"], str),
         pids=_pids(found),
         namespace=_is(found["namespace"], int),
+        is_complete=_truth(found["is_complete"]),
     )
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is not a truth")
+    return value
 
 
 def _pids(found: dict[str, Any]) -> tuple[tuple[int, int], ...]:

@@ -1,4 +1,4 @@
-"""Changes of the store, in order. One that cannot be made now, since another process holds the lock, is made later."""
+"""Changes of the store: `make` makes one now or fails, `add` makes one later if it cannot be made now, in order."""
 
 from __future__ import annotations
 

@@ -305,26 +305,31 @@ def _without_baselines(book: Book) -> Book:
     return replace(book, baselines={uuid: found for uuid, found in book.baselines.items() if uuid in used})
 
 
-def quarantine(book: Book, lease_id: str, uuid: str, reason: str, now: float) -> Book:
+def quarantine(book: Book, lease_id: str, uuid: str, reason: str, now: float, *, key: int | None = None) -> Book:
     """Take a device from a lease, and give it to nobody until its memory is back. Its baseline is kept.
 
-    Where another lease's memory is awaited there already, both are awaited from then on.
+    Where another lease's memory is awaited there already, both are awaited from then on. If it is the memory of the
+    tenant `key` alone, and another tenant of the lease is on the device, the lease keeps that as long as it lasts.
     """
     lease = lease_of(book, lease_id)
     if lease is None or uuid not in lease.devices:
         return book
-    pids = tuple(sorted({pid for tenant in lease.tenants for pid in tenant.pids}))
-    entry = Quarantine(reason, now, lease.name, pids, lease.broker.namespace)
+    is_used = key is not None and any(one.key != key and uuid in one.devices for one in lease.tenants)
+    leaked = [one for one in lease.tenants if one.key == key or not is_used]
+    pids = tuple(sorted({pid for tenant in leaked for pid in tenant.pids}))
+    entry = Quarantine(reason, now, lease.name, pids, lease.broker.namespace, lease.stale_since is None)
     if uuid in book.quarantines:
         entry = _both(book.quarantines[uuid], entry)
-    return end(replace(book, quarantines={**book.quarantines, uuid: entry}), lease_id, [uuid])
+    book = replace(book, quarantines={**book.quarantines, uuid: entry})
+    return raised(book, [uuid]) if is_used else end(book, lease_id, [uuid])
 
 
 def _both(before: Quarantine, after: Quarantine) -> Quarantine:
     # Of pids from two namespaces nobody could say whose they are: then none is known.
     is_one = before.namespace == after.namespace
     pids = tuple(sorted({*before.pids, *after.pids})) if is_one else ()
-    return replace(before, reason=f"{before.reason}; {after.reason}", pids=pids)
+    is_complete = before.is_complete and after.is_complete
+    return replace(before, reason=f"{before.reason}; {after.reason}", pids=pids, is_complete=is_complete)
 
 
 def lift(book: Book, uuid: str) -> Book:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _MESSAGE_BYTES = 1 << 18
 # A reading wakes the main thread, which must not wait for the interpreter's usual 5 ms.
 _SWITCH_S = 0.0005
+_MOST_CHARACTERS = 8000
 
 
 class Config(TypedDict):
@@ -156,7 +157,9 @@ class _Broker:
             self._tenants.client_gone()
 
     def _report(self, report: BrokerReport | LeaseStatus) -> None:
-        self._unsent.append(messages.pack(report))
+        if isinstance(report, LeaseStatus) and report.state == "waiting" and self._unsent:
+            return  # the watchdog is stopped: it hears later what is waited for then
+        self._unsent.append(messages.pack(_cut(report)))
         self._flush()
 
     def _flush(self) -> None:
@@ -168,6 +171,13 @@ class _Broker:
             except OSError:
                 return  # it has died, which the next read says
             del self._unsent[0]
+
+
+def _cut(report: BrokerReport | LeaseStatus) -> BrokerReport | LeaseStatus:
+    # A message that is too long would keep all that follow from being sent.
+    if isinstance(report, LeaseStatus) and len(report.text) > _MOST_CHARACTERS:
+        return report.replaced(text=f"{report.text[:_MOST_CHARACTERS]} ...")
+    return report
 
 
 def _boot_id() -> str:

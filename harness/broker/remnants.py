@@ -45,7 +45,7 @@ def prune(
             book = raised(changed(book, lease.id, lambda found: replace(found, stale_since=now)), lease.devices)
             continue
         for uuid in lease.devices:
-            judged = _judge(book, uuid, readings, pids_of(lease), lease.id)
+            judged = _judge(book, uuid, readings, pids_of(lease), but=lease.id, is_complete=False)
             if judged is None:
                 continue  # nobody may have looked since
             if judged.verdict == "freed":
@@ -70,15 +70,20 @@ def _lift_what_is_back(
     for uuid, entry in book.quarantines.items():
         # The numbers of another PID namespace say nothing of what is listed here.
         own = {pid for pid, start in entry.pids if is_alive(Who(pid, start, entry.namespace)) is not None}
-        judged = _judge(book, uuid, readings, own)
+        judged = _judge(book, uuid, readings, own, is_complete=entry.is_complete)
         if judged is not None and judged.verdict == "freed":
             lines.append(f"{uuid} is in quarantine no more: its memory is back")
             book = lift(book, uuid)
     return book
 
 
-def _judge(book: Book, uuid: str, readings: Readings, own: set[int], but: str = "") -> verdicts.Judgement | None:
-    """Judge a device by a reading that counts; None if there is none. `but` is the id of the lease that is judged."""
+def _judge(
+    book: Book, uuid: str, readings: Readings, own: set[int], *, is_complete: bool, but: str = ""
+) -> verdicts.Judgement | None:
+    """Judge a device by a reading that counts; None if there is none.
+
+    `but` is the id of the lease that is judged. Unless `own` is complete, a process that has come may be its own.
+    """
     generation, reading = readings.get(uuid, (-1, None))
     if reading is None or generation != book.generation(uuid):
         return None
@@ -87,6 +92,9 @@ def _judge(book: Book, uuid: str, readings: Readings, own: set[int], but: str = 
     others = [lease for lease in book.leases_on(uuid) if lease.id != but]
     neighbours = {pid for lease in others for pid in pids_of(lease)}
     baseline = book.baselines[uuid].reading
-    return verdicts.judge(
+    judged = verdicts.judge(
         baseline, reading, own=own, neighbours=neighbours, sees_pids=bool(own), is_shared=bool(others)
     )
+    if judged.verdict == "freed" and judged.foreign and not is_complete:
+        return replace(judged, verdict="unknown", note="processes have come that may be of its tree")
+    return judged

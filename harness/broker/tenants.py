@@ -46,6 +46,12 @@ class _Held:
     devices: list[str]
     release_s: float
     is_closed: bool = False
+    quarantined: set[str] = field(default_factory=set)
+
+    @property
+    def usable(self) -> list[str]:
+        """Give the devices on which servers may still be launched."""
+        return [uuid for uuid in self.devices if uuid not in self.quarantined]
 
 
 @dataclass
@@ -144,7 +150,7 @@ class Tenants:
     def add(self, order: TenantOrder) -> None:
         """Write down a server whose keeper waits for that; it is told once the store has it."""
         held = self._held.get(order.lease)
-        if held is None or not set(order.devices) <= set(held.devices):
+        if held is None or not set(order.devices) <= set(held.usable):
             self._report(Released(order.key, [_unknown(uuid, "it is not on the lease") for uuid in order.devices]))
             return
         book = self._book()
@@ -246,7 +252,7 @@ class Tenants:
 
     def _hand_over(self, tenancy: _Tenancy, uuid: str) -> None:
         # The memory is back, though the tree is still ending: unpinning host memory takes seconds.
-        if uuid in tenancy.leaving or uuid not in tenancy.held.devices:
+        if uuid in tenancy.leaving or uuid not in tenancy.held.usable:
             return
         on_it = [other for other in self._tenants.values() if other.held is tenancy.held and uuid in other.releases]
         if all(other.releases[uuid].is_back_early or uuid in other.verdicts for other in on_it):
@@ -290,31 +296,31 @@ class Tenants:
             os.close(tenancy.keeper)
         self._pace(tenancy.releases)
         rows = [self._row(tenancy, uuid, now) for uuid in tenancy.releases]
-        if not self._is_heard and any(row.verdict != "freed" for row in rows):
-            # The lease stays in the store; whoever asks next finds that its broker has died, and judges.
+        if not self._is_heard and any(row.verdict != "freed" or row.foreign for row in rows):
+            # The lease stays in the store; whoever asks next finds that its broker has died, and judges. A process that
+            # has come may be of this tree: that its keeper has ended is no proof that its tree has.
             self._held.pop(tenancy.held.number, None)
             tenancy.held.is_closed = False
             return
         self._write_down(tenancy, rows)
-        self._report(Released(tenancy.order.key, rows))
         self._settle(tenancy.held)
+        self._report(Released(tenancy.order.key, rows))
 
     def _write_down(self, tenancy: _Tenancy, rows: list[DeviceRelease]) -> None:
         held = tenancy.held
         for row in rows:
             reason = self._reason(tenancy, row)
-            if reason and row.uuid in held.devices:
-                held.devices.remove(row.uuid)
-                now = time.time()
-                self._edits.add(
-                    lambda book, uuid=row.uuid, reason=reason, now=now: grants.quarantine(  # type: ignore[misc]
-                        book, held.id, uuid, reason, now
-                    )
-                )
-                self._log.write(f"{row.uuid} is quarantined: {reason}")
+            if reason:
+                held.quarantined.add(row.uuid)
+                self._quarantine(held.id, tenancy.order.key, row.uuid, reason)
         self._edits.add(lambda book: grants.remove_tenant(book, held.id, tenancy.order.key))
         if not held.is_closed:
-            self._report(LeaseStatus(held.number, "granted", "", list(held.devices)))
+            self._report(LeaseStatus(held.number, "granted", "", held.usable))
+
+    def _quarantine(self, lease: str, key: int, uuid: str, reason: str) -> None:
+        now = time.time()
+        self._edits.add(lambda book: grants.quarantine(book, lease, uuid, reason, now, key=key))
+        self._log.write(f"{uuid} is quarantined: {reason}")
 
     def _reason(self, tenancy: _Tenancy, row: DeviceRelease) -> str:
         if row.verdict == "held":

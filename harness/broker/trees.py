@@ -29,19 +29,24 @@ class Tree:
             if found is None or (pid, found.start_time) in self._known:
                 continue
             is_own = self._descends(found)
+            if is_own is None:
+                continue  # it is looked at again
             self._known[pid, found.start_time] = is_own
             if is_own:
                 self.own[pid] = found.start_time
                 fresh = True
         return fresh
 
-    def _descends(self, found: procfs.Stat) -> bool:
+    def _descends(self, found: procfs.Stat) -> bool | None:
+        """Say whether it descends from the keeper; None if a parent has ended meanwhile, so that it has another now."""
         for _ in range(_DEEPEST):
             if found.parent == self._keeper:
                 return True
+            if not found.parent:
+                return False
             parent = procfs.stat(found.parent)
             if parent is None:
-                return False
+                return None
             found = parent
         return False
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _LOOK_S = 0.004
 _LOOK_CLOSELY_S = 0.1
 _SAY_S = 1.0
+# Of a name in the store, which everybody reads.
+_MOST_CHARACTERS = 300
 # A reading takes 50 microseconds.
 _SLOW_S = 0.1
 # NVML's start takes 10 ms, and seconds where no persistence mode keeps the driver loaded.
@@ -230,7 +232,8 @@ class Waits:
             return False
         request = waiting.request
         want = Want(request.count, tuple(device.uuid for device in candidates), request.memory_mib)
-        waiting.waiter = Waiter(0, waiting.id, request.name, request.test, self._me, time.time(), want)
+        name, test = request.name[:_MOST_CHARACTERS], request.test[:_MOST_CHARACTERS]
+        waiting.waiter = Waiter(0, waiting.id, name, test, self._me, time.time(), want)
         return True
 
     def _candidates(self, request: Lease) -> list[Device]:
@@ -249,7 +252,7 @@ class Waits:
     def _is_alive(self, who: Who) -> bool | None:
         if who.namespace != self._me.namespace:
             return None  # its numbers mean nothing here
-        return procfs.is_alive(who.pid, who.start_time)
+        return procfs.may_be_alive(who.pid, who.start_time)
 
     def _is_stopped(self, who: Who) -> bool:
         found = procfs.stat(who.pid) if who.namespace == self._me.namespace else None
@@ -267,11 +270,10 @@ class Waits:
             self._edits.add(lambda book: grants.withdraw(book, waiting.id))
 
     def _say(self, now: float) -> None:
-        waiting = [one for one in self._waiting.values() if one.is_enqueued]
-        if not waiting or now < self._next_words:
+        if not self._waiting or now < self._next_words:
             return
         self._next_words = now + _SAY_S
-        for one in waiting:
+        for one in self._waiting.values():
             self._report(LeaseStatus(one.number, "waiting", self._text(one), []))
 
     def _text(self, waiting: _Waiting) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import processes
@@ -19,12 +20,12 @@ from harness import leasing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from gpu.machine import Machine, Standin
 
 MIB = 3000
 SOON_S = 20.0
+SERVERS = Path(__file__).parents[1] / "servers"
 _LOST = 15
 _DRIVER_NOT_LOADED = 9
 _HOLDER = """
@@ -185,6 +186,74 @@ def _launch_quietly(owner: harness.Watchdog, machine: Machine, device: str) -> N
     owner.launch(machine.server(), gpus=[device])
 
 
+_DAEMON = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import gpu_server
+devices = gpu_server.StandinDevices(0, is_listed=False)
+devices.hold(100, 0)
+time.sleep(0.5)  # a probe that the broker sees
+devices.free()
+if os.fork() == 0:
+    time.sleep(600)  # until it is killed: it may take memory at any time
+"""
+
+
+def test_the_device_of_a_daemon_is_not_handed_over_when_its_root_exits(standin: Standin) -> None:
+    device = standin.uuids[0]
+    command = [sys.executable, "-c", _DAEMON, str(SERVERS)]
+    with harness.Watchdog(state_dir=standin.state_dir, crash_grace_s=0.5) as owner:
+        server = owner.launch(command, gpus=[device], name="daemon")
+        processes.wait_for(lambda: server.state == "detached", SOON_S, "its root has exited")
+        with pytest.raises(harness.GpuUnavailable, match="is held by 'daemon'"):
+            next_one(standin, device, gpu_wait_s=1.0)
+        assert row_of(owner.stop([server])).verdict == "freed"
+        next_one(standin, device).close()
+
+
+def test_a_leak_of_one_server_of_a_group_does_not_give_the_others_device_away(standin: Standin) -> None:
+    device = standin.uuids[0]
+    owner = harness.Watchdog(state_dir=standin.state_dir, crash_grace_s=0.5, gpu_release_s=0.5).start()
+    group = owner.group("dp", gpus=[device])
+    leaks = launch(group, standin, "--linger-ms", "1500", name="leaks", gpus=None)
+    launch(group, standin, name="runs", gpus=None)
+    assert leaks.stop().gpu[0].verdict == "held"
+    with pytest.raises(harness.GpuUnavailable, match="is not on its lease"):
+        launch(group, standin, name="late", gpus=None)
+    processes.wait_for(lambda: standin.used_mib(device) == MIB, SOON_S, "what leaked has come back late")
+    with pytest.raises(harness.GpuUnavailable, match="is held by 'dp'"):
+        next_one(standin, device, gpu_wait_s=1.0)
+    report = group.stop()
+    assert [row.verdict for row in report.outcomes[1].gpu] == ["freed"]
+    owner.close()
+    next_one(standin, device).close()
+
+
+def test_a_broker_that_is_stopped_does_not_keep_a_launch_for_good(
+    machine: Machine, hold: Callable[..., Holder]
+) -> None:
+    device = machine.uuids[0]
+    hold(device)
+    with harness.Watchdog(state_dir=machine.state_dir, crash_grace_s=0.5, gpu_wait_s=1.0) as second:
+        failures: list[BaseException] = []
+        thread = threading.Thread(target=_launch_and_fail, args=(second, machine, device, failures))
+        thread.start()
+        processes.wait_for(lambda: len(machine.book(machine.state_dir)["waiters"]) == 1, SOON_S, "it waits")
+        (broker,) = [pid for pid in processes.tree(second.pid or 0) if processes.name(pid) == "harness-broker"]
+        os.kill(broker, signal.SIGSTOP)
+        thread.join(SOON_S)
+        assert [type(failure) for failure in failures] == [harness.GpuUnavailable]
+        processes.wait_gone(processes.identities([broker]), 5.0)
+        assert "does not answer" in str(failures[0])
+
+
+def _launch_and_fail(owner: harness.Watchdog, machine: Machine, device: str, failures: list[BaseException]) -> None:
+    try:
+        owner.launch(machine.server(), gpus=[device])
+    except harness.HarnessError as error:
+        failures.append(error)
+
+
 # ---- memory that is held, and a driver that fails
 
 
@@ -196,7 +265,9 @@ def watchdog(standin: Standin) -> Iterator[harness.Watchdog]:
     owner.close()  # what is held is each test's own affair
 
 
-def launch(owner: harness.Watchdog, standin: Standin, *options: str, **named: object) -> harness.Server:
+def launch(
+    owner: harness.Watchdog | harness.ServerGroup, standin: Standin, *options: str, **named: object
+) -> harness.Server:
     arguments = {"gpus": [standin.uuids[0]], "ready": harness.http_ok("/health"), "grace_s": 5.0, **named}
     return owner.launch(standin.server("--mib", str(MIB), *options), **arguments).wait_ready(SOON_S)  # type: ignore[arg-type]
 

@@ -221,3 +221,21 @@ def test_what_is_no_book_is_refused(content: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="not in the right form"):
         Book.from_json_dict(content)
     assert Book.from_json_dict({}) == Book()
+
+
+def test_a_device_that_one_of_two_servers_leaked_on_stays_the_others() -> None:
+    book = granted(queue(waiter("group", 1, A)), "group", A)
+    for key in (1, 2):
+        book = grants.add_tenant(book, "group", Tenant(key, f"rank{key}", KEEPER, (A,), ((100 + key, 5),)))
+    book = grants.quarantine(book, "group", A, "rank1 leaks", 9.0, key=1)
+    assert set(book.leases[0].devices) == {A}
+    assert book.quarantines[A].pids == ((101, 5),), "the other's process is no leak"
+    book = queue(waiter("next", 1, A), book=grants.lift(grants.remove_tenant(book, "group", 1), A))
+    assert answer_of(book, "next", A) == grants.Waits(), "the other server is on it"
+    book = grants.quarantine(book, "group", A, "rank2 leaks", 9.0, key=2)
+    assert book.leases == ()
+    sure, unsure = book.quarantines[A], replace(book.quarantines[A], is_complete=False)
+    again = granted(grants.lift(book, A), "next", A)
+    again = grants.quarantine(replace(again, quarantines={A: unsure}), "next", A, "as well", 9.0)
+    assert sure.is_complete
+    assert not again.quarantines[A].is_complete

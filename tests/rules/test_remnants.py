@@ -193,3 +193,14 @@ def test_a_quarantined_device_that_others_share_is_lifted_beside_them() -> None:
     assert len(lines) == 1
     assert lease_of(book, "b") is not None
     check_invariants(book)
+
+
+def test_a_process_that_has_come_may_be_one_that_nobody_has_noted() -> None:
+    """The broker died first, so a worker that was started after it is in no list: its memory is not a stranger's."""
+    book = stale(served(held(Book(), "a", "A"), "a", 100))
+    worker = fresh(book, A=used(3000, {101: 3000 << 20}))
+    assert pruned(book, worker, NOW + LIMIT_S - 1)[0] == book
+    book, _ = pruned(book, worker, NOW + LIMIT_S)
+    assert "processes have come that may be of its tree" in book.quarantines["A"].reason
+    assert pruned(book, fresh(book, A=used(3000, {101: 3000 << 20})))[0] == book
+    assert pruned(book, fresh(book, A=EMPTY))[0].quarantines == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 import weakref
@@ -168,8 +169,23 @@ class Link:
     def _wait_for_keepers(self) -> None:
         # Without a watchdog its keepers stop its servers; what comes after `close` may need their ports.
         deadline = time.monotonic() + self._process.crash_grace_s + END_S
-        while any(map(self.keeper_is_alive, self._keepers)) and time.monotonic() < deadline:
+        while (alive := [*filter(self.keeper_is_alive, self._keepers)]) and time.monotonic() < deadline:
+            for pid in alive:
+                self._continue(pid)
             time.sleep(_KEEPERS_POLL_S)
+
+    def _continue(self, pid: int) -> None:
+        """Continue a keeper that is stopped: the watchdog's end wakes it only if it was stopped before that."""
+        found = procfs.stat(pid)
+        if found is None or found.state != "T":
+            return
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            keeper = os.pidfd_open(pid)
+            try:
+                if self.keeper_is_alive(pid):
+                    signal.pidfd_send_signal(keeper, signal.SIGCONT)
+            finally:
+                os.close(keeper)
 
     def keeper_is_alive(self, pid: int) -> bool:
         """Say whether a keeper that launched a server runs: exactly that process, not another with its number."""

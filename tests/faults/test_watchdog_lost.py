@@ -46,6 +46,21 @@ def test_close_returns_when_the_keepers_of_a_dead_watchdog_are_done(watchdog: ha
     assert not watchdog.is_alive
 
 
+def test_a_keeper_that_is_stopped_after_its_watchdog_has_died_is_continued_by_close(
+    watchdog: harness.Watchdog, tmp_path: Path
+) -> None:
+    server = launch(watchdog, tmp_path, "--ignore")
+    found = procfs.stat(server.pid)
+    assert found is not None
+    with Watched([*server.pids(), found.parent]) as watched, Watched([watchdog.pid or 0]) as dead:
+        os.kill(watchdog.pid or 0, signal.SIGKILL)
+        assert dead.wait_gone(5.0) == []
+        os.kill(found.parent, signal.SIGSTOP)
+        with pytest.raises(harness.WatchdogDied):
+            watchdog.close()
+        assert watched.alive() == []
+
+
 def test_everything_fails_clearly_once_the_watchdog_has_died(watchdog: harness.Watchdog, tmp_path: Path) -> None:
     server = launch(watchdog, tmp_path)
     with Watched(server.pids()) as watched:

@@ -116,6 +116,14 @@ class TenantOrder(Record):
     devices: list[str]
 
 
+class TenantStarted(Record):
+    """The server's root executes its program: one process of it is known, however short it may be on a device."""
+
+    key: int
+    pid: int
+    start_time: int
+
+
 class TenantAsked(Record):
     """The server has begun to end: from now on its memory may come back at any moment."""
 

@@ -25,6 +25,7 @@ from harness.lease_messages import (
     TenantGone,
     TenantOrder,
     TenantRecorded,
+    TenantStarted,
     WaitLease,
 )
 from harness.records import Record, Sealed
@@ -283,7 +284,9 @@ Request: TypeAlias = (
 )
 Reply: TypeAlias = Launched | Failed | Stopped | ServerStatus | Overdue | Done | LeaseStatus
 Order: TypeAlias = AskOrder | GoOrder | KillOrder
-BrokerOrder: TypeAlias = LeaseOrder | EndLeaseOrder | TenantOrder | TenantAsked | TenantGone | ClientGoneOrder
+BrokerOrder: TypeAlias = (
+    LeaseOrder | EndLeaseOrder | TenantOrder | TenantStarted | TenantAsked | TenantGone | ClientGoneOrder
+)
 BrokerReport: TypeAlias = LeaseStatus | TenantRecorded | Released
 Report: TypeAlias = RootStarted | RootFailed | KillBegun | RootExit | TreeEmpty | Unkilled
 Message: TypeAlias = Request | Reply | Order | Report | BrokerOrder | BrokerReport
@@ -297,7 +300,7 @@ _KINDS: dict[str, type[Message]] = {
         *(Launched, Failed, Stopped, ServerStatus, Overdue, Done, LeaseStatus),
         *(AskOrder, GoOrder, KillOrder),
         *(RootStarted, RootFailed, KillBegun, RootExit, TreeEmpty, Unkilled),
-        *(LeaseOrder, EndLeaseOrder, TenantOrder, TenantAsked, TenantGone, ClientGoneOrder),
+        *(LeaseOrder, EndLeaseOrder, TenantOrder, TenantStarted, TenantAsked, TenantGone, ClientGoneOrder),
         *(TenantRecorded, Released),
     )
 }

@@ -25,6 +25,7 @@ from harness.lease_messages import (
     TenantAsked,
     TenantGone,
     TenantOrder,
+    TenantStarted,
 )
 from harness.watchdog import kernel
 from harness.watchdog.log import Log
@@ -148,6 +149,8 @@ class _Broker:
                 self._tenants.end(order.lease)
         elif isinstance(order, TenantOrder):
             self._tenants.add(order)
+        elif isinstance(order, TenantStarted):
+            self._tenants.started(order)
         elif isinstance(order, TenantAsked):
             self._tenants.asked(order.key)
         elif isinstance(order, TenantGone):

@@ -42,12 +42,14 @@ def pause_s(waited_s: float) -> float:
 class Others:
     """Who else is on the device: the pids of other leases' tenants, and whether there are any.
 
-    `sees_pids`: the devices of this machine have listed a server's process before, so they do.
+    `sees_pids`: the devices of this machine have listed a server's process before, so they do. `gone` are listed pids
+    that no process has.
     """
 
     pids: AbstractSet[int] = frozenset()
     are_there: bool = False
     sees_pids: bool = False
+    gone: AbstractSet[int] = frozenset()
 
 
 class Release:
@@ -108,6 +110,7 @@ class Release:
             neighbours=others.pids,
             sees_pids=others.sees_pids or self._sees_pids,
             is_shared=others.are_there,
+            gone=others.gone,
         )
 
     @property

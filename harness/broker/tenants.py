@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from harness.broker.edits import Edits
     from harness.broker.readers import Readers
     from harness.broker.readings import Device, Read
-    from harness.lease_messages import Lease, TenantOrder
+    from harness.lease_messages import Lease, TenantOrder, TenantStarted
     from harness.messages import BrokerReport
     from harness.watchdog.log import Log
 
@@ -171,6 +171,19 @@ class Tenants:
         )
         self._pace(order.devices)
 
+    def started(self, order: TenantStarted) -> None:
+        """Take the root of a server."""
+        tenancy = self._tenants.get(order.key)
+        if tenancy is not None:
+            tenancy.tree.add(order.pid, order.start_time)
+            tenancy.commands[order.pid] = procfs.command_line(order.pid)[:_MOST_CHARACTERS]
+            self._note_pids(tenancy)
+
+    def _note_pids(self, tenancy: _Tenancy) -> None:
+        pids = tuple(sorted(tenancy.tree.own.items()))
+        lease, key = tenancy.held.id, tenancy.order.key
+        self._edits.add(lambda book: grants.note_pids(book, lease, key, pids))
+
     def asked(self, key: int) -> None:
         """Look closely: the server has begun to end."""
         if key in self._tenants:
@@ -208,9 +221,11 @@ class Tenants:
         for tenancy in on_it:
             self._attribute(tenancy, read.reading)
         book = self._book()
+        listed = (read.reading.processes or {}) if isinstance(read.reading, Reading) else {}
+        gone = {pid for pid in listed if procfs.stat(pid) is None}
         for tenancy in on_it:
             release = tenancy.releases[read.uuid]
-            release.feed(read, self._others(book, read.uuid, tenancy))
+            release.feed(read, self._others(book, read.uuid, tenancy, gone))
             if tenancy.held.is_closed:
                 self._hand_over(tenancy, read.uuid)
         self.see_time()
@@ -225,11 +240,9 @@ class Tenants:
     def _attribute(self, tenancy: _Tenancy, reading: Reading | Fault) -> None:
         listed = (reading.processes or {}) if isinstance(reading, Reading) else {}
         if tenancy.tree.look(listed):
-            self._sees_pids = True
-            pids = tuple(sorted(tenancy.tree.own.items()))
-            lease, key = tenancy.held.id, tenancy.order.key
-            self._edits.add(lambda book: grants.note_pids(book, lease, key, pids))
+            self._note_pids(tenancy)
         own = tenancy.tree.listed(listed)
+        self._sees_pids = self._sees_pids or bool(own)
         for pid in own - tenancy.commands.keys():
             tenancy.commands[pid] = procfs.command_line(pid)[:_MOST_CHARACTERS]
         for release in tenancy.releases.values():
@@ -237,7 +250,7 @@ class Tenants:
             # A number that somebody else has now.
             release.own -= {pid for pid in release.own & set(listed) if pid not in own}
 
-    def _others(self, book: Book | None, uuid: str, mine: _Tenancy) -> Others:
+    def _others(self, book: Book | None, uuid: str, mine: _Tenancy, gone: set[int]) -> Others:
         pids: set[int] = set()
         are_there = False
         for other in self._tenants.values():
@@ -248,7 +261,7 @@ class Tenants:
             if lease.id != mine.held.id and uuid in lease.devices:
                 are_there = True
                 pids |= {pid for tenant in lease.tenants for pid, _ in tenant.pids}
-        return Others(pids, are_there, self._sees_pids)
+        return Others(pids, are_there, self._sees_pids, gone)
 
     def _hand_over(self, tenancy: _Tenancy, uuid: str) -> None:
         # The memory is back, though the tree is still ending: unpinning host memory takes seconds.

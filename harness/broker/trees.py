@@ -21,6 +21,11 @@ class Tree:
         self._known: dict[tuple[int, int], bool] = {}
         self.own: dict[int, int] = {}  # by pid, the start time
 
+    def add(self, pid: int, start_time: int) -> None:
+        """Take a process that is known to be the server's, whether a device has listed it or not."""
+        self.own[pid] = start_time
+        self._known[pid, start_time] = True
+
     def look(self, pids: Iterable[int]) -> bool:
         """Look at processes that a device lists; say whether one of the server's is new."""
         fresh = False

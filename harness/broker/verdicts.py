@@ -40,11 +40,13 @@ def judge(
     neighbours: AbstractSet[int],
     sees_pids: bool,
     is_shared: bool,
+    gone: AbstractSet[int] = frozenset(),
     slack_bytes: int = SLACK_BYTES,
 ) -> Judgement:
     """Judge one device of one server: `own` are its pids, `neighbours` those of the device's other leases.
 
     `sees_pids`: the device lists this server's processes when it has some. `is_shared`: others have a lease on it.
+    `gone` are listed pids that no process has any more.
     """
     if isinstance(now, Fault) or now.version != baseline.version:
         why = now.text if isinstance(now, Fault) else "its memory was read in two ways that cannot be compared"
@@ -59,9 +61,12 @@ def judge(
         return Judgement("held", mine, foreign, sum(told) if len(told) == len(held) else excess, "")
     before_bytes, now_bytes = unlisted_bytes(baseline), unlisted_bytes(now)
     if sees_pids and before_bytes is not None and now_bytes is not None:
-        excess = now_bytes - before_bytes
+        # Whoever is listed, and has ended, is no stranger that could be asked: it may be the server's, unseen before.
+        ended = [pid for pid in foreign if pid in gone]
+        excess = now_bytes - before_bytes + sum((now.processes or {})[pid] or 0 for pid in ended)
         is_held = excess > slack_bytes
-        note = "no process that is listed holds it" if is_held else ""
+        note = "no process that is listed, and lives, holds it" if is_held else ""
+        foreign = tuple(pid for pid in foreign if pid not in gone)
         return Judgement("held" if is_held else "freed", (), foreign, excess, note)
     return _judge_totals(baseline, excess, foreign, is_shared=is_shared, slack_bytes=slack_bytes)
 

@@ -16,6 +16,7 @@ from harness.lease_messages import (
     TenantAsked,
     TenantGone,
     TenantOrder,
+    TenantStarted,
 )
 from harness.messages import Done, Failed
 from harness.watchdog import events
@@ -128,6 +129,10 @@ class Leases:
         order = TenantOrder(key, lease, launch.name, keeper, start_time, launch.devices)
         # Here, and not when the client says so: an interrupt may strike there first, and the lease would stay for good.
         return [events.TellBroker(order), *(self._end(lease) if request.is_for_one else [])]
+
+    def started(self, key: int, pid: int, start_time: int) -> list[Effect]:
+        """Tell the broker who the root of a server is."""
+        return [events.TellBroker(TenantStarted(key, pid, start_time))] if key in self._tenants else []
 
     def is_tenant(self, key: int) -> bool:
         """Say whether the broker has not said yet what became of this server's memory."""

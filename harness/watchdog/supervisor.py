@@ -261,6 +261,7 @@ class Supervisor:
                 server.launch_id, messages.Launched(server.key, event.pid, event.start_time, event.keeper, event.ports)
             )
             server.launch_id = None
+        self._effects += self._leases.started(server.key, event.pid, event.start_time)
 
     def _on_launch_failed(self, server: Tracked, message: str, now: float) -> None:
         self._fail_launch(server, message)

@@ -321,7 +321,7 @@ def test_memory_that_no_listed_process_holds_is_held(standin: Standin, watchdog:
     standin.set_residue(standin.uuids[0], 2000)
     row = row_of(watchdog.stop([server]))
     assert (row.verdict, row.own, row.now_mib) == ("held", (), 2000)
-    assert row.note == "no process that is listed holds it"
+    assert row.note == "no process that is listed, and lives, holds it"
 
 
 def test_a_stranger_who_frees_meanwhile_hides_no_leak(

@@ -115,4 +115,7 @@ def test_a_run_on_the_stand_in(standin: Standin, tmp_path: Path) -> None:
     assert "granted_behind_sampler_ms" in kill["figures"]
     assert not any(trial["not_shown"] for trial in content["trials"])
     page = (out / "gpu.md").read_text(encoding="utf-8")
-    assert "Verdicts: 5, of which 0 wrong. Answers of today's logic: 3, of which 1 wrong." in page
+    # What today's logic says of the servers depends on the moment of its look: the page must count what was said.
+    answers = [answer for trial in content["trials"] for answer in trial["answers"]]
+    misled = sum(said != true for said, true in answers)
+    assert f"Verdicts: 5, of which 0 wrong. Answers of today's logic: {len(answers)}, of which {misled} wrong." in page

@@ -28,6 +28,14 @@ def test_what_descends_from_the_keeper_is_the_servers(child: int) -> None:
     assert not tree.look([child]), "it is known already"
 
 
+def test_a_process_that_is_known_to_be_the_servers_is_so_after_its_end() -> None:
+    """A device may go on listing it, and nobody can look at its parents any more."""
+    tree = Tree(os.getpid())
+    tree.add(1 << 22, 5)
+    assert not tree.look([1 << 22])
+    assert tree.listed([1 << 22]) == {1 << 22}
+
+
 def test_a_process_whose_parent_ends_meanwhile_is_looked_at_again(child: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has another parent at the next look, and may descend from the keeper all the same."""
     tree = Tree(os.getpid())

@@ -21,6 +21,7 @@ from harness.lease_messages import (
     TenantGone,
     TenantOrder,
     TenantRecorded,
+    TenantStarted,
     WaitLease,
 )
 from harness.messages import Close, Done, Failed, Launched, Survivor
@@ -112,6 +113,7 @@ def test_no_root_is_started_before_the_store_names_its_keeper() -> None:
     assert driven.made(events.Go) == [events.Go(key)]
     driven.tell(events.Started(key, 101, 7, 201, {}))
     assert isinstance(driven.reply(key), Launched)
+    assert driven.orders[-1] == TenantStarted(key, 101, 7)
 
 
 def test_a_launch_that_names_no_device_of_its_lease_is_refused() -> None:
@@ -165,7 +167,7 @@ def test_the_broker_is_told_once_that_a_server_begins_to_end_and_once_that_it_ha
     driven.stop(key, kill=True)
     driven.tell(events.TreeStuck(key, [Survivor(7, "D", "", "")]))
     driven.tell(events.TreeGone(key))
-    assert driven.orders[2:] == [TenantAsked(key), TenantGone(key, is_stuck=True)]
+    assert driven.orders[3:] == [TenantAsked(key), TenantGone(key, is_stuck=True)]
 
 
 def test_a_root_that_exits_by_itself_may_leave_a_tree_that_takes_memory_later() -> None:
@@ -173,9 +175,9 @@ def test_a_root_that_exits_by_itself_may_leave_a_tree_that_takes_memory_later() 
     driven = Leasing()
     key = driven.tenant()
     driven.tell(events.RootExited(key, 0))
-    assert driven.orders[2:] == []
+    assert driven.orders[3:] == []
     driven.stop(key)
-    assert driven.orders[2:] == [TenantAsked(key)]
+    assert driven.orders[3:] == [TenantAsked(key)]
 
 
 def test_memory_that_is_back_before_the_tree_has_ended_does_not_end_the_stop() -> None:

@@ -74,6 +74,7 @@ EACH: list[Message] = [
     lease_messages.LeaseOrder(9, LEASE),
     lease_messages.EndLeaseOrder(9),
     lease_messages.TenantOrder(1, 9, "a", 200, 77, ["GPU-1"]),
+    lease_messages.TenantStarted(1, 101, 77),
     lease_messages.TenantAsked(1),
     lease_messages.TenantGone(1, is_stuck=True),
     lease_messages.ClientGoneOrder(),

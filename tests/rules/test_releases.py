@@ -179,3 +179,18 @@ def test_a_server_is_looked_at_often_at_first() -> None:
     assert sample_s(0.0) == 0.005
     assert sample_s(10.0) == 0.1
     assert sample_s(1000.0) == 0.25
+
+
+def test_a_listed_process_that_has_ended_is_no_stranger() -> None:
+    """It may have been the server's, and too short for anybody to see it on the device while it lived."""
+    late = Reading(10 * GIB, 80 * GIB, 2, {STRANGER: 10 * GIB})
+    release = serving()
+    release.asked(9.0)
+    release.gone(10.0)
+    feed(release, late, 10.0, Others(gone=frozenset({STRANGER})))
+    assert release.verdict(10.0 + LIMIT_S, LIMIT_S) == "held"
+    assert not release.judgement.foreign
+    assert release.judgement.excess_bytes == 10 * GIB
+    feed(release, late, 11.0, Others())
+    assert release.verdict(11.0, LIMIT_S) == "freed"
+    assert release.judgement.foreign == (STRANGER,)

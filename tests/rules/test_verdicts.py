@@ -40,7 +40,7 @@ def test_the_slack_is_what_may_be_left_and_no_byte_more(excess_bytes: int, verdi
     listed = {RESIDENT: resident_bytes} if resident_bytes else {}
     found = judged(reading(resident_bytes + excess_bytes, dict(listed)), reading(resident_bytes, dict(listed)))
     assert (found.verdict, found.excess_bytes) == (verdict, excess_bytes)
-    assert found.note == ("" if verdict == "freed" else "no process that is listed holds it")
+    assert found.note == ("" if verdict == "freed" else "no process that is listed, and lives, holds it")
 
 
 def test_another_slack_can_be_asked_for() -> None:

@@ -173,7 +173,8 @@ class Survivor(Record):
 class Outcome(Record):
     """How one server ended. `how` is exited, asked, killed or unkillable; `returncode` is Popen's, None if unknown.
 
-    `reason` is as in `ServerStatus`; `gpu` has a row for each device of its lease.
+    `reason` is as in `ServerStatus`; `exited_at` is as well, or the end of its tree; `gpu` has a row for each device
+    of its lease.
     """
 
     key: int
@@ -185,6 +186,7 @@ class Outcome(Record):
     survivors: list[Survivor]
     reason: str
     gpu: list[DeviceRelease]
+    exited_at: float | None
 
 
 class Stopped(Record):
@@ -197,6 +199,7 @@ class Stopped(Record):
 class ServerStatus(Record):
     """What the watchdog knows of a server now. `root_exited` says whether `returncode` is final.
 
+    `exited_at` is the moment of the root's exit, by CLOCK_MONOTONIC, which all processes share; None if not known.
     `reason` says why the watchdog has stopped it unasked, "" if it has not.
     """
 
@@ -204,6 +207,7 @@ class ServerStatus(Record):
     phase: str
     root_exited: bool
     returncode: int | None
+    exited_at: float | None
     reason: str
 
 

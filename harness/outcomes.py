@@ -85,7 +85,7 @@ class ServerOutcome:
     in `subprocess.Popen`'s convention, or None if it is not known (an adopted server). `seconds` is the stop's length.
     `reason` says why the watchdog stopped it unasked (its deadline, or that of a hung test), "" if it did not.
     Of a launched server's survivors at most 50 are named. `gpu` says of each device that it had leased whether the
-    memory came back.
+    memory came back. `exited_at` is when its root exited (`time.monotonic()`), or its tree's end if that is not known.
     """
 
     name: str
@@ -96,6 +96,7 @@ class ServerOutcome:
     survivors: tuple[Survivor, ...] = ()
     reason: str = ""
     gpu: tuple[DeviceRelease, ...] = ()
+    exited_at: float | None = None
 
     def __str__(self) -> str:
         """Describe the outcome in one line."""
@@ -169,7 +170,7 @@ def outcome_of(wire: messages.Outcome) -> ServerOutcome:
     """Make the public outcome from the watchdog's."""
     survivors = tuple(Survivor(*survivor) for survivor in wire.survivors)
     end = (wire.how, wire.returncode, wire.seconds, survivors, wire.reason)
-    return ServerOutcome(wire.name, wire.pid, *end, tuple(map(_release_of, wire.gpu)))
+    return ServerOutcome(wire.name, wire.pid, *end, tuple(map(_release_of, wire.gpu)), wire.exited_at)
 
 
 def _release_of(wire: lease_messages.DeviceRelease) -> DeviceRelease:

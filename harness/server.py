@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from harness.link import Link
 
-_NO_STATUS = messages.ServerStatus(0, "running", root_exited=False, returncode=None, reason="")
+_NO_STATUS = messages.ServerStatus(0, "running", root_exited=False, returncode=None, exited_at=None, reason="")
 
 
 class Server:
@@ -198,7 +198,7 @@ class Server:
     def record(self, outcome: ServerOutcome) -> None:
         """Keep the outcome of a stop; one that is final is not asked for again."""
         phase = "unkillable" if outcome.how == "unkillable" else "gone"
-        self._status = messages.ServerStatus(self.key, phase, True, outcome.returncode, outcome.reason)
+        self._status = messages.ServerStatus(self.key, phase, True, outcome.returncode, outcome.exited_at, outcome.reason)
         self._outcome = outcome
 
     @property

@@ -240,8 +240,7 @@ class Supervisor:
         elif isinstance(event, events.LaunchFailed):
             self._on_launch_failed(server, event.message, now)
         elif isinstance(event, events.RootExited):
-            server.root_exited = True
-            server.returncode = event.returncode
+            server.note_exit(event.returncode, now)
             self._move(server, Sign.EXITED)
         elif isinstance(event, events.TreeGone):
             self._end(server, Sign.EMPTY, now)

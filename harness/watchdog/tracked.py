@@ -27,6 +27,7 @@ class Tracked:
         self.pid = 0
         self.root_exited = False
         self.returncode: int | None = None
+        self.exited_at: float | None = None
         self.stop_began: float | None = None
         self.stop_ended: float | None = None
         self.was_asked = False
@@ -52,13 +53,20 @@ class Tracked:
         """Say whether a stop has nothing more to wait for: no process, and no word on its devices' memory."""
         return self.phase.is_over and not self.owes_memory
 
+    def note_exit(self, returncode: int | None, now: float) -> None:
+        """Keep how the root ended, and when."""
+        self.root_exited = True
+        self.returncode = returncode
+        self.exited_at = now
+
     def outcome(self) -> Outcome:
         """Give how it ended."""
         seconds = 0.0
         if self.stop_began is not None and self.stop_ended is not None:
             seconds = self.stop_ended - self.stop_began
         end = (self._how(), self.returncode, seconds, self.survivors, self.reason, self.gpu)
-        return Outcome(self.key, self.name, self.pid, *end)
+        exited_at = self.stop_ended if self.exited_at is None else self.exited_at
+        return Outcome(self.key, self.name, self.pid, *end, exited_at)
 
     def _how(self) -> str:
         if self.phase is Phase.UNKILLABLE:
@@ -69,4 +77,5 @@ class Tracked:
 
     def status(self) -> ServerStatus:
         """Give how it is."""
-        return ServerStatus(self.key, self.phase.value, self.root_exited, self.returncode, self.reason)
+        exit_ = (self.root_exited, self.returncode, self.exited_at)
+        return ServerStatus(self.key, self.phase.value, *exit_, self.reason)

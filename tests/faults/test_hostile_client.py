@@ -72,7 +72,7 @@ class RawClient:
     def assert_watched(self) -> None:
         """Check that the watchdog answers, and that its server runs."""
         status = self.ask(9_999, messages.encode(Status(KEY)))
-        assert status == ServerStatus(KEY, "running", root_exited=False, returncode=None, reason="")
+        assert status == ServerStatus(KEY, "running", root_exited=False, returncode=None, exited_at=None, reason="")
 
     def peak_mib(self) -> int:
         """Give the most memory that the watchdog has had."""

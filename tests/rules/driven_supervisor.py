@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from harness.watchdog.events import Effect, Event
 
 CRASH_GRACE_S = 5.0
-_START = 1000.0
+START = 1000.0
 _Kind = TypeVar("_Kind")
 
 
@@ -38,7 +38,7 @@ class DrivenSupervisor:
 
     def __init__(self) -> None:
         self.rules = Supervisor(crash_grace_s=CRASH_GRACE_S)
-        self.now = _START
+        self.now = START
         self.replies: dict[int, list[Reply]] = {}
         self._launches = 0
         self.effects: list[Effect] = []
@@ -48,11 +48,11 @@ class DrivenSupervisor:
     def deadline_s(self) -> float | None:
         """The next deadline, in seconds since the start."""
         deadline = self.rules.next_deadline()
-        return None if deadline is None else deadline - _START
+        return None if deadline is None else deadline - START
 
     def at(self, seconds: float) -> DrivenSupervisor:
         """Move the clock to so many seconds since the start."""
-        self.now = _START + seconds
+        self.now = START + seconds
         return self
 
     def tell(self, event: Event) -> list[Effect]:

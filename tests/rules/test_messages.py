@@ -56,13 +56,13 @@ EACH: list[Message] = [
     messages.Failed("LaunchFailed", "no {port} \udc80"),
     messages.Stopped(
         [
-            Outcome(1, "a", 101, "unkillable", None, 0.1, [STUCK, STUCK], "", []),
-            Outcome(2, "b", 102, "asked", -15, 1.0, [], "", [HELD, HELD]),
+            Outcome(1, "a", 101, "unkillable", None, 0.1, [STUCK, STUCK], "", [], None),
+            Outcome(2, "b", 102, "asked", -15, 1.0, [], "", [HELD, HELD], 2.5),
         ],
         0.5,
     ),
     messages.Stopped([], 0.0),
-    messages.ServerStatus(1, "gone", root_exited=True, returncode=-9, reason=""),
+    messages.ServerStatus(1, "gone", root_exited=True, returncode=-9, exited_at=1.5, reason=""),
     messages.Done(),
     messages.AskOrder(root_asked=True),
     messages.GoOrder(),

@@ -10,7 +10,7 @@ from harness.outcomes import DeviceRelease, ServerOutcome, StopReport, Survivor,
 
 WIRE = messages.Stopped(
     [
-        messages.Outcome(1, "a", 101, "asked", 0, 0.25, [], "", []),
+        messages.Outcome(1, "a", 101, "asked", 0, 0.25, [], "", [], 1.5),
         messages.Outcome(
             2,
             "b",
@@ -21,6 +21,7 @@ WIRE = messages.Stopped(
             [messages.Survivor(103, "D", "nfs_wait", "program x")],
             "its deadline of 5 s has passed",
             [],
+            None,
         ),
     ],
     5.5,
@@ -32,7 +33,7 @@ def test_a_report_is_made_from_the_watchdogs() -> None:
     report = report_of(WIRE)
     assert report == StopReport(
         (
-            ServerOutcome("a", 101, "asked", 0, 0.25),
+            ServerOutcome("a", 101, "asked", 0, 0.25, exited_at=1.5),
             ServerOutcome("b", 102, "unkillable", None, 5.0, (stuck,), "its deadline of 5 s has passed"),
         ),
         5.5,
@@ -106,7 +107,7 @@ FREED = lease_messages.DeviceRelease("GPU-2", 1, "freed", None, None, None, [], 
 
 
 def stopped_with(*rows: lease_messages.DeviceRelease) -> StopReport:
-    return report_of(messages.Stopped([messages.Outcome(1, "a", 101, "asked", 0, 0.25, [], "", list(rows))], 60.0))
+    return report_of(messages.Stopped([messages.Outcome(1, "a", 101, "asked", 0, 0.25, [], "", list(rows), None)], 60.0))
 
 
 def test_memory_that_is_held_is_a_leak_that_names_who_holds_what() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from rules.driven_supervisor import CRASH_GRACE_S, DrivenSupervisor, launch_of
+from rules.driven_supervisor import CRASH_GRACE_S, START, DrivenSupervisor, launch_of
 from rules.grids import cells
 
 from harness.messages import (
@@ -270,7 +270,7 @@ def test_a_stop_while_launching_asks_and_both_requests_are_answered() -> None:
     driven.tell(events.RootExited(key, -15))
     driven.at(2.0).tell(events.TreeGone(key))
     assert isinstance(driven.reply(1), Launched)
-    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "asked", -15, 2.0, [], "", [])]
+    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "asked", -15, 2.0, [], "", [], START)]
 
 
 @pytest.mark.parametrize("kill", [False, True])
@@ -366,14 +366,14 @@ def test_a_server_that_ends_before_its_deadline_is_not_killed() -> None:
     driven.tell(events.RootExited(key, 0))
     driven.at(0.75).tell(events.TreeGone(key))
     assert driven.tick(1.0) == []
-    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "asked", 0, 0.75, [], "", [])]
+    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "asked", 0, 0.75, [], "", [], START)]
 
 
 def test_what_outlives_its_root_is_asked_and_killed_like_a_root() -> None:
     driven = Driven()
     key = driven.running(grace_s=1.0)
     driven.tell(events.RootExited(key, 0))
-    assert driven.status(key) == ServerStatus(key, "detached", root_exited=True, returncode=0, reason="")
+    assert driven.status(key) == ServerStatus(key, "detached", root_exited=True, returncode=0, exited_at=START, reason="")
     driven.stop(key)
     assert driven.latest == [events.Ask([key])]
     assert driven.tick(1.0) == [events.Kill([key])]
@@ -384,7 +384,7 @@ def test_a_server_that_ended_by_itself_is_reported_as_exited() -> None:
     key = driven.running()
     driven.tell(events.RootExited(key, 3))
     driven.at(1.0).tell(events.TreeGone(key))
-    assert driven.stopped(driven.stop(key)).outcomes == [Outcome(key, "a", 101, "exited", 3, 0.0, [], "", [])]
+    assert driven.stopped(driven.stop(key)).outcomes == [Outcome(key, "a", 101, "exited", 3, 0.0, [], "", [], START)]
 
 
 def test_what_was_held_is_given_back_exactly_once() -> None:
@@ -550,11 +550,11 @@ def test_what_cannot_be_killed_ends_the_stop_and_is_watched_on() -> None:
     driven.tick(1.0)
     driven.tell(events.KillSeen(key))
     driven.at(6.0).tell(events.TreeStuck(key, [STUCK]))
-    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "unkillable", None, 6.0, [STUCK], "", [])]
+    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "unkillable", None, 6.0, [STUCK], "", [], START + 6.0)]
     assert driven.deadline_s is None
     driven.at(60.0).tell(events.TreeGone(key))
     assert driven.latest == [events.Release(key)]
-    assert driven.stopped(driven.stop(key)).outcomes == [Outcome(key, "a", 101, "killed", None, 6.0, [], "", [])]
+    assert driven.stopped(driven.stop(key)).outcomes == [Outcome(key, "a", 101, "killed", None, 6.0, [], "", [], START + 6.0)]
 
 
 # ---- waits, signals, wrong requests
@@ -570,7 +570,7 @@ def test_a_wait_is_answered_when_what_it_waits_for_has_happened(until: str) -> N
     driven.tell(events.TreeGone(key))
     assert len(driven.replies[driven.request(Wait(key, until, 60.0))]) == 1
     phase = "detached" if until == "exit" else "gone"
-    assert driven.reply(wait) == ServerStatus(key, phase, root_exited=True, returncode=3, reason="")
+    assert driven.reply(wait) == ServerStatus(key, phase, root_exited=True, returncode=3, exited_at=START, reason="")
     assert driven.deadline_s is None
 
 
@@ -604,7 +604,7 @@ def test_a_wait_ends_at_its_timeout() -> None:
     longer = driven.request(Wait(key, "gone", 3.0))
     assert driven.tick(1.9) == []
     driven.tick(2.0)
-    assert driven.reply(wait) == ServerStatus(key, "running", root_exited=False, returncode=None, reason="")
+    assert driven.reply(wait) == ServerStatus(key, "running", root_exited=False, returncode=None, exited_at=None, reason="")
     assert driven.replies[longer] == []
 
 

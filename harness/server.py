@@ -198,7 +198,9 @@ class Server:
     def record(self, outcome: ServerOutcome) -> None:
         """Keep the outcome of a stop; one that is final is not asked for again."""
         phase = "unkillable" if outcome.how == "unkillable" else "gone"
-        self._status = messages.ServerStatus(self.key, phase, True, outcome.returncode, outcome.exited_at, outcome.reason)
+        self._status = messages.ServerStatus(
+            self.key, phase, True, outcome.returncode, outcome.exited_at, outcome.reason
+        )
         self._outcome = outcome
 
     @property

@@ -107,7 +107,9 @@ FREED = lease_messages.DeviceRelease("GPU-2", 1, "freed", None, None, None, [], 
 
 
 def stopped_with(*rows: lease_messages.DeviceRelease) -> StopReport:
-    return report_of(messages.Stopped([messages.Outcome(1, "a", 101, "asked", 0, 0.25, [], "", list(rows), None)], 60.0))
+    return report_of(
+        messages.Stopped([messages.Outcome(1, "a", 101, "asked", 0, 0.25, [], "", list(rows), None)], 60.0)
+    )
 
 
 def test_memory_that_is_held_is_a_leak_that_names_who_holds_what() -> None:

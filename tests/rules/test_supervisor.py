@@ -373,7 +373,9 @@ def test_what_outlives_its_root_is_asked_and_killed_like_a_root() -> None:
     driven = Driven()
     key = driven.running(grace_s=1.0)
     driven.tell(events.RootExited(key, 0))
-    assert driven.status(key) == ServerStatus(key, "detached", root_exited=True, returncode=0, exited_at=START, reason="")
+    assert driven.status(key) == ServerStatus(
+        key, "detached", root_exited=True, returncode=0, exited_at=START, reason=""
+    )
     driven.stop(key)
     assert driven.latest == [events.Ask([key])]
     assert driven.tick(1.0) == [events.Kill([key])]
@@ -550,11 +552,15 @@ def test_what_cannot_be_killed_ends_the_stop_and_is_watched_on() -> None:
     driven.tick(1.0)
     driven.tell(events.KillSeen(key))
     driven.at(6.0).tell(events.TreeStuck(key, [STUCK]))
-    assert driven.stopped(stop).outcomes == [Outcome(key, "a", 101, "unkillable", None, 6.0, [STUCK], "", [], START + 6.0)]
+    assert driven.stopped(stop).outcomes == [
+        Outcome(key, "a", 101, "unkillable", None, 6.0, [STUCK], "", [], START + 6.0)
+    ]
     assert driven.deadline_s is None
     driven.at(60.0).tell(events.TreeGone(key))
     assert driven.latest == [events.Release(key)]
-    assert driven.stopped(driven.stop(key)).outcomes == [Outcome(key, "a", 101, "killed", None, 6.0, [], "", [], START + 6.0)]
+    assert driven.stopped(driven.stop(key)).outcomes == [
+        Outcome(key, "a", 101, "killed", None, 6.0, [], "", [], START + 6.0)
+    ]
 
 
 # ---- waits, signals, wrong requests
@@ -604,7 +610,9 @@ def test_a_wait_ends_at_its_timeout() -> None:
     longer = driven.request(Wait(key, "gone", 3.0))
     assert driven.tick(1.9) == []
     driven.tick(2.0)
-    assert driven.reply(wait) == ServerStatus(key, "running", root_exited=False, returncode=None, exited_at=None, reason="")
+    assert driven.reply(wait) == ServerStatus(
+        key, "running", root_exited=False, returncode=None, exited_at=None, reason=""
+    )
     assert driven.replies[longer] == []
 
 

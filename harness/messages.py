@@ -173,8 +173,7 @@ class Survivor(Record):
 class Outcome(Record):
     """How one server ended. `how` is exited, asked, killed or unkillable; `returncode` is Popen's, None if unknown.
 
-    `reason` is as in `ServerStatus`; `exited_at` is as well, or the end of its tree; `gpu` has a row for each device
-    of its lease.
+    `reason` and `exited_at` are as in `ServerStatus`; `gpu` has a row for each device of its lease.
     """
 
     key: int
@@ -199,7 +198,8 @@ class Stopped(Record):
 class ServerStatus(Record):
     """What the watchdog knows of a server now. `root_exited` says whether `returncode` is final.
 
-    `exited_at` is the moment of the root's exit, by CLOCK_MONOTONIC, which all processes share; None if not known.
+    `exited_at` is when the watchdog saw the root's exit, or its tree's end if that was all that it saw, by
+    CLOCK_MONOTONIC, which all processes share; None as long as it has seen neither.
     `reason` says why the watchdog has stopped it unasked, "" if it has not.
     """
 

@@ -85,7 +85,8 @@ class ServerOutcome:
     in `subprocess.Popen`'s convention, or None if it is not known (an adopted server). `seconds` is the stop's length.
     `reason` says why the watchdog stopped it unasked (its deadline, or that of a hung test), "" if it did not.
     Of a launched server's survivors at most 50 are named. `gpu` says of each device that it had leased whether the
-    memory came back. `exited_at` is when its root exited (`time.monotonic()`), or its tree's end if that is not known.
+    memory came back. `exited_at` is when the watchdog saw the exit of its root (`time.monotonic()`), or, of one whose
+    keeper was lost, the end of its tree; None for a root that could not be killed.
     """
 
     name: str

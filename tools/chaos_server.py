@@ -57,8 +57,12 @@ def rest(node: dict[str, Any]) -> NoReturn:
         hop(node["hops_s"])
     while node["chats"]:
         chat()
+    # Not signal.pause(): a signal that comes just before it sleeps is seen only after the next one.
+    signals, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
     while True:
-        signal.pause()
+        os.read(signals, 1)
 
 
 def exit_slowly(seconds: float) -> NoReturn:

@@ -304,6 +304,7 @@ class Supervisor:
         server.stop_ended = now if server.stop_ended is None else server.stop_ended
         if server.phase is Phase.GONE:
             server.survivors = []
+            server.exited_at = now if server.exited_at is None else server.exited_at
             self._effects.append(events.Release(server.key))
             self._fail_launch(server, f"{server.name!r} ended before its program was executed")
         self._effects += self._leases.gone(server.key, now, is_stuck=server.phase is Phase.UNKILLABLE)

@@ -64,9 +64,8 @@ class Tracked:
         seconds = 0.0
         if self.stop_began is not None and self.stop_ended is not None:
             seconds = self.stop_ended - self.stop_began
-        end = (self._how(), self.returncode, seconds, self.survivors, self.reason, self.gpu)
-        exited_at = self.stop_ended if self.exited_at is None else self.exited_at
-        return Outcome(self.key, self.name, self.pid, *end, exited_at)
+        end = (self._how(), self.returncode, seconds, self.survivors, self.reason, self.gpu, self.exited_at)
+        return Outcome(self.key, self.name, self.pid, *end)
 
     def _how(self) -> str:
         if self.phase is Phase.UNKILLABLE:

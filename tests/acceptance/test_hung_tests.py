@@ -441,13 +441,15 @@ def test_a_process_that_its_user_has_suspended_has_all_the_time(tmp_path: Path, 
     user, terminal = pty.openpty()
     marks = tmp_path / "marks"
     script = (
-        f"import signal; signal.signal({_SIGNAL}, lambda *_: open({str(marks)!r}, 'w').close()); print(flush=True);"
+        f"import signal, time; signal.signal({_SIGNAL}, lambda *_: open({str(marks)!r}, 'w').close());"
+        " print(flush=True)\n"
+        "while True: time.sleep(0.01)"  # not signal.pause(): it loses a signal that comes just before it sleeps
     )
     with contextlib.ExitStack() as at_the_end:
         at_the_end.callback(os.close, user)
         # A shell: it leads the terminal's session, and has one job in a group of its own.
         shell = subprocess.Popen(
-            [sys.executable, "-c", _SHELL, script + " signal.pause(); signal.pause()", str(int(is_suspended))],
+            [sys.executable, "-c", _SHELL, script, str(int(is_suspended))],
             stdin=terminal,
             stdout=subprocess.PIPE,
             start_new_session=True,

@@ -116,6 +116,17 @@ def test_what_a_root_leaves_is_asked_and_gets_what_is_left_of_the_grace(watchdog
     assert said(server, "slow", "ends") == []
 
 
+def test_an_outcome_says_when_the_root_exited_and_not_when_the_rest_was_stopped(watchdog: harness.Watchdog) -> None:
+    before = time.monotonic()
+    server = start(watchdog, ["sh", "-c", "sleep 60 & echo ready; exit 0"])
+    assert server.wait_until("exit", READY_S)
+    after = time.monotonic()
+    exited_at = server.stop().exited_at
+    assert exited_at is not None
+    assert before <= exited_at <= after
+    assert server.status().exited_at == exited_at
+
+
 def test_each_level_of_a_tree_is_asked_when_the_one_above_has_ended(watchdog: harness.Watchdog) -> None:
     server = start(watchdog, family(member("root", member("child", member("grandchild", takes_s=0.1)))))
     assert server.stop().how == "asked"

@@ -47,10 +47,10 @@ def test_servers(watchdog, server_group, number):
     {ending}
 """
 
-# What a test does first that is to go on when the fault test says so (`Run.go`).
+# What a test does first that is to go on when the fault test says so (`Run.go`): by a file, of which nothing tells.
 GATE = "while not (HERE / 'go').exists(): time.sleep(0.01)\n    "
-# How a test waits to be ended. Not signal.pause(): a signal that comes just before it sleeps is seen only after the
-# next one, so one in some thousand Ctrl-C was without effect.
+# How a test waits to be ended; the sleep reaches no state. Not signal.pause(): a signal that comes just before that
+# sleeps is seen only after the next one.
 WAIT = "while True: time.sleep(0.01)"
 POLITE: tuple[str, ...] = ()
 STUBBORN = ("--ignore",)

@@ -47,9 +47,13 @@ def serve(options: argparse.Namespace) -> None:
             time.sleep(options.stop_s)  # that is what this server is asked to do: to take its time
             os._exit(0)
 
+    # Not signal.pause(): one that comes just before it sleeps is seen only after the next one.
+    signals, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGTERM, on_sigterm)
     while True:
-        signal.pause()
+        os.read(signals, 1)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,10 @@ def live(plan: dict[str, Any], told: int | None) -> NoReturn:
         say(name, "ends", time.monotonic())
         os._exit(plan["code"])
 
+    # Not signal.pause(): one that comes just before it sleeps is seen only after the next one.
+    signals, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if plan["term"] == "ignore" else on_term)
     for child in plan["children"]:
         start(child)
@@ -43,7 +47,7 @@ def live(plan: dict[str, Any], told: int | None) -> NoReturn:
     if plan["leaves"]:
         os._exit(plan["code"])
     while True:
-        signal.pause()
+        os.read(signals, 1)
 
 
 def start(plan: dict[str, Any]) -> None:

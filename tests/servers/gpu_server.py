@@ -125,7 +125,11 @@ def main() -> None:
     is_standin = options.backend == "standin" or (options.backend == "auto" and "STANDIN_NVML" in os.environ)
     devices = StandinDevices(options.linger_ms, is_listed=options.listed) if is_standin else CudaDevices()
     stop = threading.Event()
-    # Python's handlers run in the main thread: it waits below, and is not in a call that holds anything up.
+    # Python's handlers run in the main thread, which waits below: for a byte, since a signal that comes just before a
+    # wait for the event itself is seen only after the next one.
+    signals, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if options.on_term == "ignore" else lambda *_: stop.set())
     children = [_child(options) for _ in range(options.children)]
     devices.hold(options.mib, options.pinned_mib)
@@ -135,7 +139,8 @@ def main() -> None:
     if options.port is not None:
         server = ThreadingHTTPServer(("127.0.0.1", options.port), Health)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-    stop.wait()
+    while not stop.is_set():
+        os.read(signals, 1)
     for child in children:
         child.terminate()
     if options.on_term.startswith("free-then-linger:"):

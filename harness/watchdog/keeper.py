@@ -17,7 +17,7 @@ import time
 from harness import messages, procfs
 from harness.messages import Launch, Unkilled
 from harness.watchdog import keeper_rules as rules
-from harness.watchdog import kernel, limits, spawn, sweep
+from harness.watchdog import kernel, limits, reaping, spawn, sweep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class _Keeper:
         self._rules = rules.KeeperRules(crash_grace_s=crash_grace_s)
         self._sweeper = sweep.Sweeper()
         self._asked: set[int] = set()
+        self._reaper = reaping.Reaper()
         self._poll = select.poll()
         self._sources: dict[int, Callable[[], None]] = {}
         self._do: dict[type[rules.Effect], Callable[[], None]] = {
@@ -105,10 +106,14 @@ class _Keeper:
                 source = self._sources.get(descriptor)
                 if source is not None:
                     source()
+            if self._reaper.has_more:
+                self._reap()
             if self._rules.deadline is not None and self._rules.deadline <= time.monotonic():
                 self._handle(rules.Tick())
 
     def _timeout_ms(self) -> float | None:
+        if self._reaper.has_more:
+            return 0
         if self._rules.deadline is None:
             return None
         return min(max(0.0, self._rules.deadline - time.monotonic()), _LONGEST_POLL_S) * 1000 + 0.2
@@ -198,21 +203,15 @@ class _Keeper:
         if root.failure_pipe in self._sources:
             return  # whether the program was executed is told first
         returncode: int | None = None
-        is_empty = has_reaped = False
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                is_empty = True
-                break
-            if pid == 0:
-                break
-            has_reaped = True
-            self._asked.discard(pid)
-            self._sweeper.forget(pid)
+        reaped: list[int] = []
+        for pid, status in self._reaper.batch():
+            reaped.append(pid)
             if pid == root.pid:
                 returncode = os.waitstatus_to_exitcode(status)
-        if has_reaped or is_empty:
+        self._asked.difference_update(reaped)
+        self._sweeper.forget(reaped)
+        is_empty = self._reaper.has_no_child
+        if reaped or is_empty:
             self._handle(rules.Reaped(returncode, is_empty, not is_empty and self._sweeper.has_new_top()))
 
     # ---- effects
@@ -264,7 +263,6 @@ def _leave() -> NoReturn:
 
 def _drain(descriptor: int) -> None:
     try:
-        while os.read(descriptor, 4096):
-            pass
+        os.read(descriptor, 4096)
     except BlockingIOError:
         return

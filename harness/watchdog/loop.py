@@ -13,7 +13,7 @@ import time
 from harness import messages, procfs
 from harness.frames import FrameError
 from harness.lease_messages import EndLease, Lease, WaitLease
-from harness.watchdog import events, limits
+from harness.watchdog import events, limits, reaping
 from harness.watchdog.adopting import Adopting
 from harness.watchdog.brokering import Brokering
 from harness.watchdog.orphans import Orphans
@@ -87,6 +87,7 @@ class Loop:
         self._epoll = select.epoll()
         self._sources: dict[int, Callable[[], None]] = {}
         self._is_told_to_end = False
+        self._reaper = reaping.Reaper()
         self._effects = self._acts()
 
     def _acts(self) -> dict[type[events.Effect], Callable[..., None]]:
@@ -121,6 +122,8 @@ class Loop:
                 source = self._sources.get(descriptor)
                 if source is not None:
                     self._guard(source)
+            if self._reaper.has_more:
+                self._guard(self._reap)
             self._guard(self._see_time)
 
     def _guard(self, step: Callable[[], None]) -> None:
@@ -131,6 +134,8 @@ class Loop:
             self._log.mistake(error)
 
     def _timeout_s(self) -> float:
+        if self._reaper.has_more:
+            return 0
         others = (self._orphans.deadline, self._adopting.deadline, self._brokering.deadline)
         deadlines = (self._supervisor.next_deadline(), *others)
         times = [deadline for deadline in deadlines if deadline is not None]
@@ -209,18 +214,16 @@ class Loop:
         self._reap()
 
     def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            keeper = self._keepers.pop(pid, None)
-            if keeper is not None:
-                self._keeper_ended(keeper)
+        others: list[int] = []
+        for pid, status in self._reaper.batch():
+            if pid in self._keepers:
+                self._keeper_ended(self._keepers.pop(pid))
+            elif pid in self._roots:
+                self._tell(events.RootExited(self._roots.pop(pid).key, os.waitstatus_to_exitcode(status)))
+                others.append(pid)
             elif not self._brokering.reaped(pid):
-                self._orphan_ended(pid, os.waitstatus_to_exitcode(status))
+                others.append(pid)
+        self._orphans.reaped(others)
 
     def _keeper_ended(self, kept: Kept) -> None:
         self._read_keeper(kept)
@@ -229,12 +232,6 @@ class Loop:
         if not kept.is_empty:
             kept.note_orphans(self._orphans.fresh())
             self._tell(events.KeeperLost(kept.key))
-
-    def _orphan_ended(self, pid: int, returncode: int) -> None:
-        kept = self._roots.pop(pid, None)
-        if kept is not None:
-            self._tell(events.RootExited(kept.key, returncode))
-        self._orphans.reaped(pid)
 
     def _read_keeper(self, kept: Kept) -> None:
         while (report := kept.read()) is not None:

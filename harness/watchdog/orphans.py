@@ -41,12 +41,12 @@ class Orphans:
         if kill and self._kill_limit is None:
             self._kill_limit = self.deadline + KILL_LIMIT_S
 
-    def reaped(self, pid: int) -> None:
-        """Forget a reaped process, and look again at once."""
-        self._asked.discard(pid)
-        self._known.discard(pid)
-        self._sweeper.forget(pid)
-        if self._is_waited_for:
+    def reaped(self, pids: list[int]) -> None:
+        """Forget reaped processes, and look again at once."""
+        self._asked.difference_update(pids)
+        self._known.difference_update(pids)
+        self._sweeper.forget(pids)
+        if pids and self._is_waited_for:
             self._pause_s = FIRST_PAUSE_S
             self.deadline = time.monotonic()
 

@@ -40,11 +40,7 @@ class Sweeper:
 
     def kill_top(self) -> None:
         """Strike the children of this process and their groups, without a look at what is below them."""
-        tops = procfs.own_children()
-        _strike_groups(tops)
-        for pid in tops:
-            _send(os.kill, pid)
-        self._struck.update(tops)
+        self._struck.update(_strike_top(frozenset()))
         self._has_begun = True
 
     def has_new_top(self) -> bool:
@@ -53,11 +49,12 @@ class Sweeper:
 
     def sweep(self, spared: frozenset[int] = frozenset()) -> Round:
         """Do one round; the caller reaps and sweeps again until nothing is left (new ones are forked meanwhile)."""
-        me = os.getpid()
-        tops = [pid for pid in procfs.children(me) if pid not in spared]
-        _strike_groups(tops)
+        if self._struck:
+            # Where others fork on and on a slice of CPU time that begins now is long enough to list and to strike them.
+            os.sched_yield()
+        tops = _strike_top(spared)
         found = [stat for stat in map(procfs.stat, tops) if stat is not None]
-        alive = [stat.pid for stat in found if _strike_child(stat)]
+        alive = [stat.pid for stat in found if stat.state not in "ZX"]
         while found:
             parent = found.pop()
             below = [stat for pid in procfs.children(parent.pid) if (stat := _strike(pid, parent)) is not None]
@@ -67,9 +64,9 @@ class Sweeper:
         self._struck.update(alive)
         return Round(is_new, alive)
 
-    def forget(self, pid: int) -> None:
-        """Forget a process that has been reaped: its number may come back."""
-        self._struck.discard(pid)
+    def forget(self, pids: list[int]) -> None:
+        """Forget processes that have been reaped: their numbers may come back."""
+        self._struck.difference_update(pids)
 
 
 def ask_tops(asked: set[int], spared: frozenset[int] = frozenset()) -> None:
@@ -89,6 +86,15 @@ def survivors(spared: frozenset[int] = frozenset()) -> list[Survivor]:
     return [Survivor(s.pid, s.state, procfs.wait_channel(s.pid), procfs.command_line(s.pid)[:200]) for s in found]
 
 
+def _strike_top(spared: frozenset[int]) -> list[int]:
+    # The youngest first, and without a look at them: those that fork on and on are listed last, behind their zombies.
+    tops = [pid for pid in reversed(procfs.own_children()) if pid not in spared]
+    for pid in tops:
+        _send(os.kill, pid)
+    _strike_groups(tops)
+    return tops
+
+
 def _strike_groups(children: list[int]) -> None:
     for group in {_group_of(child) for child in children} - {None, os.getpgid(0)}:
         _send(os.killpg, group or 0)
@@ -99,13 +105,6 @@ def _group_of(child: int) -> int | None:
         return os.getpgid(child)
     except ProcessLookupError:
         return None
-
-
-def _strike_child(child: procfs.Stat) -> bool:
-    if child.state in "ZX":
-        return False
-    _send(os.kill, child.pid)
-    return True
 
 
 def _strike(pid: int, parent: procfs.Stat) -> procfs.Stat | None:

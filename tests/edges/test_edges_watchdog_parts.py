@@ -141,13 +141,13 @@ def test_orphans_are_asked_then_killed_and_keepers_are_spared(
         orphans.begin(kill=False)
         assert orphans.step() is None
         assert polite.wait(30) == -signal.SIGTERM
-        orphans.reaped(polite.pid)
+        orphans.reaped([polite.pid])
         assert orphans.step() is None
         assert [survivor.pid for survivor in sweep.survivors(keepers)] == [stubborn.pid]
         orphans.begin(kill=True)
         assert orphans.step() is None
         assert stubborn.wait(30) == -signal.SIGKILL
-        orphans.reaped(stubborn.pid)
+        orphans.reaped([stubborn.pid])
         assert orphans.step() == events.OrphansGone()
         assert orphans.deadline is None
 
@@ -166,3 +166,34 @@ def test_orphans_that_sigkill_does_not_end_are_reported(
         assert isinstance(event, events.OrphansStuck)
         stuck.kill()
         assert [survivor.pid for survivor in event.survivors] == [stuck.pid]
+
+
+REAP = """
+import os
+from harness.watchdog import reaping
+reaping.MOST_AT_ONCE = 3
+children = []
+for code in range(4):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(code)
+    children.append(pid)
+for pid in children:
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+reaper = reaping.Reaper()
+print([os.waitstatus_to_exitcode(status) for _, status in reaper.batch()], reaper.has_more, reaper.has_no_child)
+print([os.waitstatus_to_exitcode(status) for _, status in reaper.batch()], reaper.has_more, reaper.has_no_child)
+for _ in reaper.batch():
+    pass
+living, end = os.pipe()
+if os.fork() == 0:
+    os.close(end)
+    os.read(living, 1)
+    os._exit(0)
+print(list(reaper.batch()), reaper.has_more, reaper.has_no_child)
+"""
+
+
+def test_children_are_reaped_a_batch_at_a_time_and_none_is_forgotten() -> None:
+    run = subprocess.run([sys.executable, "-c", REAP], capture_output=True, text=True, check=True, timeout=60)
+    assert run.stdout.splitlines() == ["[0, 1, 2] True False", "[3] False True", "[] False False"]

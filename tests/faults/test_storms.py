@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PROGRAM = Path(__file__).parents[1] / "servers" / "storm.py"
 # Each process of a storm ends by itself after this time: no stop may need it.
 LIFE_S = 30
-STORMS = pytest.mark.parametrize(("kind", "count"), [("chains", 40), ("bomb", 300)])
+STORMS = pytest.mark.parametrize("size", [("chains", 40), ("bomb", 300)], ids=["chains", "bomb"])
 
 
 class Storm:
@@ -56,22 +56,25 @@ def storm(tmp_path: Path) -> Iterator[Storm]:
 
 @pytest.mark.parametrize("cores", ["all", "one"])
 @STORMS
-def test_a_storm_is_ended(guarded: harness.Watchdog, storm: Storm, kind: str, count: int, cores: str) -> None:
+def test_a_storm_is_ended(guarded: harness.Watchdog, storm: Storm, size: tuple[str, int], cores: str) -> None:
     if cores == "one":  # the keeper has to share it with the storm
         os.sched_setaffinity(guarded.pid or 0, {min(os.sched_getaffinity(0))})
     quiet = guarded.launch(["sleep", "1000"])
-    outcome = storm.launch(guarded, kind, count).stop()
+    outcome = storm.launch(guarded, *size).stop()
     assert storm.is_over(0.0)
     assert (outcome.how, outcome.survivors) == ("killed", ())
     assert outcome.seconds < LIFE_S / 2
     assert quiet.is_alive
 
 
+@pytest.mark.parametrize("cores", ["all", "one"])
 @pytest.mark.parametrize("killed", ["watchdog", "keeper"])
 @STORMS
 def test_a_storm_is_ended_by_those_who_are_left(
-    guarded: harness.Watchdog, storm: Storm, kind: str, count: int, killed: str
+    guarded: harness.Watchdog, storm: Storm, size: tuple[str, int], killed: str, cores: str
 ) -> None:
-    server = storm.launch(guarded, kind, count)
+    if cores == "one":
+        os.sched_setaffinity(guarded.pid or 0, {min(os.sched_getaffinity(0))})
+    server = storm.launch(guarded, *size)
     os.kill(guarded.pid or 0 if killed == "watchdog" else processes.parent(server.pid), signal.SIGKILL)
     assert storm.is_over(LIFE_S / 2)

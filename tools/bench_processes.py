@@ -58,7 +58,8 @@ def python_program(name: str, *arguments: str) -> list[str]:
 
 def pytest_command(scratch: Path, *arguments: str) -> list[str]:
     """Give the command of a pytest run that reads no configuration and writes no cache."""
-    quiet = ["-q", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={scratch}"]
+    plugins = [part for name in ("cacheprovider", "randomly", "rerunfailures") for part in ("-p", f"no:{name}")]
+    quiet = ["-q", *plugins, "-c", os.devnull, f"--rootdir={scratch}"]
     return [sys.executable, "-m", "pytest", *quiet, *arguments]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from harness import procfs
 
 SUITE = Path(__file__).with_name("demo_suite")
-PYTEST = [sys.executable, "-m", "pytest", "-n", "2"]
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-n", "2"]
 # The demo kills the run once the servers of both workers are up; a worker's test has at least this many processes.
 ENOUGH_SERVER_PROCESSES = 6
 # Nothing has come or gone for so long: the servers have started and are being used.

@@ -21,7 +21,7 @@ import pynvml
 
 from tools import gpu_facts, gpu_table
 from tools.gpu_cases import cases
-from tools.gpu_processes import ROOT, plugin_environment
+from tools.gpu_processes import PLAIN, ROOT, plugin_environment
 from tools.gpu_trial import NotShown, Trial
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Run:
 
     def tests(self) -> None:
         """Run those tests of the harness that real devices can do."""
-        command = [sys.executable, "-m", "pytest", "-q", "-rsfE", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+        command = [sys.executable, "-m", "pytest", "-q", "-rsfE", *PLAIN]
         log = self.out / "tests.txt"
         with plugin_environment(HARNESS_TEST_GPUS="real") as environment, log.open("wb") as output:
             try:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[1]
+PLAIN = [part for name in ("cacheprovider", "benchmark", "randomly") for part in ("-p", f"no:{name}")]
 SERVER = ROOT / "tests" / "servers" / "gpu_server.py"
 _HOARDER = Path(__file__).with_name("gpu_hoarder.py")
 _SUITE = """
@@ -112,7 +113,7 @@ def pytest_run(
         text = _SUITE.format(command=command(SUITE_MIB), room_mib=ROOM_MIB, **values)
         (folder / "test_suite.py").write_text(text, encoding="utf-8")
         (folder / "pytest.ini").write_text("[pytest]\nharness_crash_grace_s = 1.0\n", encoding="utf-8")
-        arguments = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", *options]
+        arguments = [sys.executable, "-m", "pytest", "-q", *PLAIN, *options]
         process = subprocess.Popen(
             [*arguments, name], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )

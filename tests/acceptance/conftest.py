@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from acceptance.recording import CONFTEST, PATH, Record
 from faults.conftest import bystander, start_run
 
 if TYPE_CHECKING:
@@ -19,3 +20,12 @@ def state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "state"
     monkeypatch.setenv("HARNESS_STATE_DIR", str(path))
     return path
+
+
+@pytest.fixture
+def record(pytester: pytest.Pytester, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
+    """Give what pytester's runs write down about their servers."""
+    path = tmp_path / "record"
+    monkeypatch.setenv(PATH, str(path))
+    pytester.makeconftest(CONFTEST)
+    return Record(path)

@@ -14,13 +14,26 @@ _numbers = itertools.count(1)
 # A line of a progress bar or of binary output can be of any length; the tail is for people.
 _TAIL_BYTES = 1 << 16
 _LINE_CHARACTERS = 2000
+_FRESH = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
 def new_path(directory: Path, name: str) -> Path:
-    """Give the path of a new server's log in `directory`, which is made; no two servers of any process share one."""
+    """Make a new server's log in `directory`, which is made; no two servers of any process, dead or alive, share one.
+
+    Raises OSError for the directory only: what prevents the file is the keeper's to say, which opens it.
+    """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     readable = re.sub(r"[^\w.-]+", "_", name)[:80]
-    return directory / f"{readable}-{os.getpid()}-{next(_numbers)}.log"
+    while True:
+        path = directory / f"{readable}-{os.getpid()}-{next(_numbers)}.log"
+        # One may be there: of a process that had this pid, or has it in another container.
+        try:
+            os.close(os.open(path, _FRESH, 0o600))
+        except FileExistsError:
+            continue
+        except OSError:
+            pass
+        return path
 
 
 def tail(path: Path, lines: int) -> str:

@@ -74,6 +74,15 @@ def pytest_configure(config: pytest.Config) -> None:
         session.start(config)
 
 
+def pytest_plugin_registered(plugin: object) -> None:
+    """Import everything early where there is pytester, whose in-process runs forget each module that they imported.
+
+    Half of this package would be there twice otherwise: the part that such a run was the first to need.
+    """
+    if getattr(plugin, "__name__", "") == "_pytest.pytester":
+        session.import_all()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """Tell a pytest-xdist worker who its controller is: its servers are stopped when either of the two ends."""

@@ -6,6 +6,7 @@ client is imported when the first test asks for a watchdog.
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import sys
@@ -76,6 +77,12 @@ def watchdog_of(config: pytest.Config) -> Watchdog:
             raise
         config.stash[_WATCHDOG] = watchdog
     return config.stash[_WATCHDOG]
+
+
+def import_all() -> None:
+    """Import what this process's watchdog and its tests will need, and that is otherwise imported late."""
+    for name in ("client", "hung_tests", "readiness", "remains"):
+        importlib.import_module(f"harness.{name}")
 
 
 def _watchdog(config: pytest.Config) -> Watchdog:

@@ -23,8 +23,8 @@ def test_servers(own, of_module, shared, number):
     assert all(map(answers, [own, of_module, shared]))
     note("used", module=__name__, group={groups!r}[number % 2], of_module=of_module.pid, shared=shared.pid)
 """
-# Two modules in two workers. xdist holds a worker's last test back until it knows what follows, and gives a lost worker's
-# tests to another that has at most two left.
+# Two modules in two workers. xdist holds a worker's last test back until it knows what follows, and gives a lost
+# worker's tests to another that has at most two left.
 TWO_MODULES = "--dist=loadscope"
 
 

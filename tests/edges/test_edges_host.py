@@ -137,6 +137,16 @@ def test_names_of_logs(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
 
 
+def test_a_log_of_another_process_is_not_gone_on_with(tmp_path: Path) -> None:
+    """A directory of logs may be kept, and shared by containers: another process had, or has, the same pid."""
+    before, number = logs.new_path(tmp_path, "a").stem.rsplit("-", 1)
+    other = tmp_path / f"{before}-{int(number) + 1}.log"
+    other.write_text("its output", encoding="utf-8")
+    path = logs.new_path(tmp_path, "a")
+    assert path != other
+    assert path.read_text(encoding="utf-8") == ""
+
+
 @pytest.mark.parametrize(
     ("content", "lines", "expected"),
     [

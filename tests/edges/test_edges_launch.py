@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -144,13 +145,12 @@ def test_each_port_is_another_and_nobody_else_gets_one(watchdog: harness.Watchdo
 
 
 def can_be_bound(port: int) -> bool:
-    """Bind a port as a program does that shares it with nobody."""
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
+    """Bind a port, on either loopback address, as a program does that shares it with nobody."""
+    for kind, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        with contextlib.suppress(OSError), socket.socket(kind) as probe:
+            probe.bind((address, port))
+            return True
+    return False
 
 
 def test_the_environment_is_the_test_processs_with_changes(

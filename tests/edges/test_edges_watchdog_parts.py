@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -114,6 +115,47 @@ def test_ports_are_given_back_when_not_all_can_be_held(monkeypatch: pytest.Monke
         PortHolds(["", "second"])
     assert held
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+ADDRESSES = ["127.0.0.1", "0.0.0.0", "::1", "::"]  # noqa: S104 - where servers listen
+
+
+def listening(port: int, address: str, option: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, option, 1)
+        listener.bind((address, port))
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+@pytest.mark.parametrize("option", [socket.SO_REUSEADDR, socket.SO_REUSEPORT], ids=["SO_REUSEADDR", "SO_REUSEPORT"])
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_server_can_use_the_port_that_is_held_for_it(address: str, option: int) -> None:
+    if not has_address(address):
+        pytest.skip(f"this machine has no {address}")
+    target = "::1" if ":" in address else "127.0.0.1"
+    with contextlib.closing(PortHolds([""])) as holds:
+        port = holds.ports[""]
+        with listening(port, address, option) as listener, socket.create_connection((target, port), timeout=10):
+            listener.accept()[0].close()
+
+
+def has_address(address: str) -> bool:
+    try:
+        listening(0, address, socket.SO_REUSEADDR).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_ports_are_held_where_there_is_no_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "AF_INET6", 255)  # which the kernel refuses as it does IPv6 when it was not built in
+    with contextlib.closing(PortHolds([""])) as holds, pytest.raises(OSError, match="in use"):
+        listening(holds.ports[""], "127.0.0.1", socket.SO_KEEPALIVE)
 
 
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"

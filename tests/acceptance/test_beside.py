@@ -117,7 +117,7 @@ def test_a_test_that_hung_is_run_again(pytester: pytest.Pytester, record: Record
     pytester.makepyfile(
         IMPORTS
         + """
-@pytest.mark.harness_deadline(5)
+@pytest.mark.harness_deadline(8)
 def test_hangs_first(own):
     assert answers(own)
     note("attempt")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 from typing import TYPE_CHECKING
 
+import processes
 import pytest
 from acceptance.recording import CONFTEST, PATH, Record
 from faults.conftest import bystander, start_run
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 __all__ = ["bystander", "start_run"]
@@ -23,9 +28,12 @@ def state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def record(pytester: pytest.Pytester, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
-    """Give what pytester's runs write down about their servers."""
+def record(pytester: pytest.Pytester, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Record]:
+    """Give what pytester's runs write down about their servers; a run that a failed test has left is killed."""
     path = tmp_path / "record"
     monkeypatch.setenv(PATH, str(path))
     pytester.makeconftest(CONFTEST)
-    return Record(path)
+    yield Record(path)
+    for pid in processes.marked(f"{PATH}={path}"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -58,6 +58,11 @@ class Up(NamedTuple):
     left_of_earlier: int
     """How many processes of earlier servers of the same name and test were there when it was launched."""
 
+    @property
+    def tree(self) -> list[processes.Identity]:
+        """Give its own processes. A keeper says that these are gone, and then ends."""
+        return self.people[:-3]
+
 
 # ---- inside of the run
 
@@ -81,7 +86,7 @@ def is_up(owner: Launcher, watchdog: harness.Watchdog, name: str) -> Iterator[ha
     """Launch a server, write it down, give it, and write down that it is not used any more."""
     test = os.environ["PYTEST_CURRENT_TEST"].partition(" ")[0]
     earlier = [up for up in Record(Path(os.environ[PATH])).ups() if (up.name, up.test) == (name, test)]
-    left = [who for up in earlier for who in up.people[:-2] if processes.is_running(who)]
+    left = [who for up in earlier for who in up.tree if processes.is_running(who)]
     server = owner.launch(_HTTP_SERVER, name=name, ports=["more"], ready=harness.http_ok("/"))
     server.wait_ready(timeout_s=_WAIT_S)
     people = [*server.pids(), processes.parent(server.pid), watchdog.pid or 0, os.getpid()]

@@ -194,7 +194,8 @@ def test_outer(pytester, own, of_module, shared, watchdog, number, run):
     assert len(inner) >= 4
     people = [who for up in inner for who in up.people if who.pid != os.getpid()]
     assert watchdog.pid not in [who.pid for who in people]
-    processes.wait_gone(people, 0.0)
+    processes.wait_gone((who for up in inner for who in up.tree), 0.0)
+    processes.wait_gone(people, 5.0)
     assert watchdog.is_alive
     assert all(map(answers, [own, of_module, shared]))
 

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 
-from harness import frames
+from harness import asynchronous, frames
 
 _PEEK_BYTES = 1 << 18
 _SLICE_S = 1.0
@@ -99,12 +99,14 @@ class Channel:
                 if is_reader:
                     self._reader = me
                 else:
-                    self._state.wait(min(_SLICE_S, max(0.0, deadline - time.monotonic())))
+                    self._state.wait(min(asynchronous.slice_s(_SLICE_S), max(0.0, deadline - time.monotonic())))
             if is_reader:
                 # In slices: a request from a signal handler may have filed this one's reply in the meantime.
-                self._read_for_all(min(deadline, time.monotonic() + _SLICE_S))
-            if time.monotonic() >= deadline and message_id not in self._replies:
-                raise NoReply
+                self._read_for_all(min(deadline, time.monotonic() + asynchronous.slice_s(_SLICE_S)))
+            if message_id not in self._replies:
+                asynchronous.check()
+                if time.monotonic() >= deadline:
+                    raise NoReply
 
     def _read_for_all(self, deadline: float) -> None:
         __tracebackhide__ = True

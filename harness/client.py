@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import leasing, logs, messages, platform, private, procfs, specs, state_dir
+from harness import asynchronous, leasing, logs, messages, platform, private, procfs, specs, state_dir
 from harness.errors import GpuUnavailable, HarnessError, LaunchFailed, SpecError, WatchdogDied
 from harness.forking import WatchdogProcess
 from harness.group import ServerGroup
@@ -71,10 +71,17 @@ class Watchdog(Launcher):
         Raises PlatformNotSupported where the platform lacks something, HarnessError for a bad state directory.
         """
         if self._link is None:
-            platform.check()
-            run = state_dir.new_run(self._given_state_dir)
-            self.attach(WatchdogProcess(run / "watchdog.log", crash_grace_s=self._crash_grace_s), run)
+            self._fork(self._new_run())
         return self
+
+    def _new_run(self) -> Path:
+        platform.check()
+        return state_dir.new_run(self._given_state_dir)
+
+    _new_run_async = asynchronous.form_of(_new_run)
+
+    def _fork(self, run: Path) -> None:
+        self.attach(WatchdogProcess(run / "watchdog.log", crash_grace_s=self._crash_grace_s), run)
 
     def attach(self, process: WatchdogProcess, run: Path) -> Watchdog:
         """Use a watchdog process that has been forked already, with its directory; for the plugin."""
@@ -262,6 +269,8 @@ class Watchdog(Launcher):
             seconds = stopped.seconds
         return StopReport(tuple(server.outcome for server in chosen if server.outcome is not None), seconds)
 
+    stop_async = asynchronous.form_of(stop)
+
     def close(self) -> StopReport:
         """Stop every server in parallel, and end the watchdog. A second call reports the same.
 
@@ -287,6 +296,15 @@ class Watchdog(Launcher):
         report = self.close()
         if error is None:
             report.raise_if_leaked()
+
+    async def __aenter__(self) -> Watchdog:  # noqa: PYI034 - as above
+        """Start the watchdog."""
+        if self._link is None:
+            run = await self._new_run_async()
+            self._fork(run)  # some milliseconds, and in this thread: to fork changes the warning filters of all
+        return self
+
+    __aexit__ = asynchronous.uncancellable(__exit__)
 
 
 def _record(servers: Sequence[Server], stopped: messages.Stopped) -> None:

@@ -6,7 +6,7 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from harness import specs, waiting
+from harness import asynchronous, specs, waiting
 from harness.errors import HarnessError, SpecError
 from harness.launching import Launcher
 from harness.leasing import SharedLease
@@ -130,6 +130,8 @@ class ServerGroup(Launcher):
         waiting.wait_ready(pending, specs.optional_seconds(timeout_s, "timeout_s"))
         return self
 
+    wait_ready_async = asynchronous.form_of(wait_ready, limit_s=asynchronous.CHECK_S)
+
     def stop(self, *, grace_s: float | None = None) -> StopReport:
         """Stop all servers of the group in parallel; return when no process of them is left.
 
@@ -138,6 +140,8 @@ class ServerGroup(Launcher):
         if self._leased is not None:
             self._leased.end()
         return self._owner.stop(self.servers, grace_s=grace_s)
+
+    stop_async = asynchronous.form_of(stop)
 
     def __enter__(self) -> ServerGroup:  # noqa: PYI034 - typing.Self is there from Python 3.11 on
         """Give the group itself."""
@@ -154,3 +158,9 @@ class ServerGroup(Launcher):
         report = self.stop()
         if error is None:
             report.raise_if_leaked()
+
+    async def __aenter__(self) -> ServerGroup:  # noqa: PYI034 - as above
+        """Give the group itself."""
+        return self
+
+    __aexit__ = asynchronous.uncancellable(__exit__)

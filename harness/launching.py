@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
-from harness import specs
+from harness import asynchronous, specs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -13,9 +14,14 @@ if TYPE_CHECKING:
     from harness.specs import Ready, StrPath
 
 
-class Launcher(Protocol):
+def _kill(server: Server) -> None:
+    server.kill()
+
+
+class Launcher(ABC):
     """Something that servers are launched through."""
 
+    @abstractmethod
     def launch_spec(self, spec: specs.ServerSpec) -> Server:
         """Start a server that has been checked; for `launch` only."""
 
@@ -64,3 +70,5 @@ class Launcher(Protocol):
             gpus=specs.gpus(gpus, gpu_memory_mib, env),
         )
         return self.launch_spec(specs.check_tokens(spec))
+
+    launch_async = asynchronous.form_of(launch, undo=_kill)

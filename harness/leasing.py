@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness import asynchronous
 from harness.errors import GpuUnavailable, HarnessError, SpecError
 from harness.lease_messages import EndLease, Lease, LeaseStatus, WaitLease
 from harness.messages import Done
@@ -179,7 +180,8 @@ class SharedLease:
                     break
                 if self._lease.devices:
                     return self._shared(self._lease, wish)
-                self._changed.wait()  # another thread's launch waits for all of them
+                asynchronous.check()
+                self._changed.wait(asynchronous.slice_s(_NEXT_WORD_S))  # another thread's launch waits for all of them
         try:
             # Without the lock: whoever stops the group meanwhile ends this wait.
             lease.take(self._wish)

@@ -7,7 +7,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from harness import logs, messages, procfs, signals, specs, templates, waiting
+from harness import asynchronous, logs, messages, procfs, signals, specs, templates, waiting
 from harness.errors import HarnessError, NotReady, SpecError
 from harness.outcomes import ServerOutcome, StopReport, outcome_of
 from harness.popen import ServerProcess
@@ -151,6 +151,8 @@ class Server:
         waiting.wait_ready([self], specs.optional_seconds(timeout_s, "timeout_s"))
         return self
 
+    wait_ready_async = asynchronous.form_of(wait_ready, limit_s=asynchronous.CHECK_S)
+
     def wait(self, timeout_s: float | None = None) -> ServerOutcome:
         """Wait until no process of the server is left, without stopping it; raises NotReady after `timeout_s`."""
         __tracebackhide__ = True
@@ -158,6 +160,8 @@ class Server:
         if not self.wait_until("gone", limit):
             raise NotReady(f"{self.name!r} (pid {self.pid}) still runs after {limit} s", server=self.name)
         return self._stop(messages.Stop([self.key], None, kill=False), 0.0)
+
+    wait_async = asynchronous.form_of(wait)
 
     def wait_until(self, until: str, timeout_s: float | None) -> bool:
         """Wait until the root has exited ("exit") or the tree is gone ("gone"); False after `timeout_s`."""
@@ -182,6 +186,8 @@ class Server:
         """Ask the server to exit, wait its grace, kill what is left; return when no process of it is left."""
         limit = specs.optional_seconds(grace_s, "grace_s")
         return self._stop(messages.Stop([self.key], limit, kill=False), limit or self.grace_s)
+
+    stop_async = asynchronous.form_of(stop)
 
     def kill(self) -> ServerOutcome:
         """Kill the whole tree at once, without asking; return when no process of it is left."""
@@ -242,6 +248,12 @@ class Server:
         outcome = self.stop()
         if error is None:
             StopReport((outcome,), outcome.seconds).raise_if_leaked()
+
+    async def __aenter__(self) -> Server:  # noqa: PYI034 - as above
+        """Give the server itself."""
+        return self
+
+    __aexit__ = asynchronous.uncancellable(__exit__)
 
 
 def _group_of(pid: int) -> int:

@@ -8,7 +8,7 @@ import select
 import time
 from typing import TYPE_CHECKING
 
-from harness import procfs
+from harness import asynchronous, procfs
 from harness.errors import HarnessError, NotReady, ServerExited
 from harness.readiness import HttpOk, LogLine, PortOpen
 
@@ -96,6 +96,7 @@ def wait_ready(servers: Sequence[Server], timeout_s: float | None) -> None:
     waits = [_Wait(server, timeout_s or server.ready_timeout_s, began) for server in servers]
     try:
         while waits:
+            asynchronous.check()
             for wait in list(waits):
                 if _is_done(wait, began):
                     wait.close()
@@ -130,6 +131,7 @@ def _step(wait: _Wait, probe: Probe, waited_s: float) -> bool:
     try:
         is_ready = probe.step()
     except Exception as error:
+        asynchronous.check()  # who was not waited for any more is not stopped
         failure = _not_ready(
             wait, f"failed its readiness check {wait.server.ready!r} after {waited_s:.2f} s: {error!r}"
         )

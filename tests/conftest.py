@@ -7,9 +7,10 @@ import signal
 
 import pytest
 
-# pytest-randomly shuffles, and pytest-rerunfailures starts a thread, in every run where they are installed: the runs
+# pytest-randomly shuffles, pytest-rerunfailures starts a thread, pytest-asyncio warns of a setting that is not made, in
+# every run where they are installed: the runs
 # that tests start are without, unless a test wants them.
-PLAIN = "-p no:randomly -p no:rerunfailures"
+PLAIN = "-p no:randomly -p no:rerunfailures -p no:asyncio"
 os.environ["PYTEST_ADDOPTS"] = PLAIN
 
 # Where this run was started in the background of a shell, or by nohup, some are ignored, and so they would be in each

@@ -104,7 +104,9 @@ def suite(pytester: pytest.Pytester, hang: str, *, grace_s: float = GRACE_S) -> 
 
 
 def run(pytester: pytest.Pytester, *options: str) -> tuple[pytest.RunResult, str]:
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-W", "error", *options, timeout=60)
+    # pytest-asyncio warns where a setting of its own is not made.
+    plugins = ("-p", "no:cacheprovider", "-p", "no:asyncio")
+    result = pytester.runpytest_subprocess(*plugins, "-W", "error", *options, timeout=60)
     return result, result.stdout.str() + result.stderr.str()
 
 

@@ -158,7 +158,7 @@ def test_a_launch_that_waits_shows_it_to_nobody(guarded: harness.Watchdog, secre
 # ---- pytest's output, files, and what everybody can see of processes
 
 SUITE = """
-    import json, os, pathlib, signal, sys, threading
+    import asyncio, json, os, pathlib, signal, sys, threading
     import pytest
     import harness
     from faults.pending import Pending
@@ -175,6 +175,18 @@ SUITE = """
 
     def test_launch_failed(server_group):
         server_group.launch(["/no/such/program"], env=env())
+
+    def test_async_launch_failed(server_group):
+        asyncio.run(server_group.launch_async(["/no/such/program"], env=env()))
+
+    def test_async_launch_cancelled(server_group, tmp_path):
+        with Pending(tmp_path) as pending:
+            asyncio.run(asyncio.wait_for(server_group.launch_async(pending.command, env=env()), 0.2))
+
+    @pytest.mark.timeout(1, method="signal")
+    def test_async_hangs_in_launch(server_group, tmp_path):
+        with Pending(tmp_path) as pending:
+            asyncio.run(server_group.launch_async(pending.command, env=env()))
 
     def test_spec_error(server_group):
         server_group.launch(["true"], env=env(A=env()["PLAIN"] + "\\0"))

@@ -9,6 +9,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+import anyio
+import anyio.to_thread
 import processes
 import pytest
 
@@ -238,6 +240,32 @@ def test_an_interrupted_wait_takes_nothing(watchdog: harness.Watchdog, machine: 
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    watchdog.stop([held])
+    processes.wait_for(lambda: machine.book(machine.state_dir)["waiters"] == [], SOON_S, "nobody waits")
+    with launched(watchdog, machine, gpus=len(machine.uuids)):
+        pass
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_cancelled_wait_of_an_async_launch_takes_nothing(
+    watchdog: harness.Watchdog, machine: Machine, backend: str
+) -> None:
+    """Also where a second launch of the group waits for the first one's lease."""
+
+    def one_waits() -> bool:
+        return len(machine.book(machine.state_dir)["waiters"]) == 1
+
+    async def cancel() -> None:
+        group = watchdog.group("waits", gpus=1)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(2):
+                tasks.start_soon(group.launch_async, machine.server())
+            await anyio.to_thread.run_sync(processes.wait_for, one_waits, SOON_S, "one waits for both")
+            tasks.cancel_scope.cancel()
+        assert group.servers == ()
+
+    held = launched(watchdog, machine, gpus=len(machine.uuids))
+    anyio.run(cancel, backend=backend)
     watchdog.stop([held])
     processes.wait_for(lambda: machine.book(machine.state_dir)["waiters"] == [], SOON_S, "nobody waits")
     with launched(watchdog, machine, gpus=len(machine.uuids)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -134,9 +135,13 @@ def ask(value: object) -> str:
 
 
 def ready(value: object) -> Ready:
-    """Check a readiness check: a callable or None."""
+    """Check a readiness check: a callable or None. No async function: what it returns is true, and nobody awaits it."""
     if value is not None and not callable(value):
         raise SpecError(f"ready must be a callable, such as harness.http_ok(), not {type(value).__name__}")
+    if inspect.iscoroutinefunction(value):
+        raise SpecError(
+            "ready must be a plain function, not an async one: it is called in a thread without an event loop"
+        )
     return value
 
 

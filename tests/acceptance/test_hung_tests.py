@@ -97,10 +97,51 @@ def test_after():
 """
 
 
+ASYNC_SUITE = """
+import anyio, sys
+import pytest
+import harness
+
+pytestmark = pytest.mark.anyio
+
+@pytest.fixture(params=["BACKEND"])
+def anyio_backend(request):
+    return request.param
+
+@pytest.mark.harness_deadline(2)
+async def test_hangs(server_group):
+    async with server_group:
+        await server_group.launch_async(["sleep", "600"], ready=lambda server: False)
+        await HANG
+
+async def test_after(watchdog):
+    async with await watchdog.launch_async(["sleep", "600"]) as server:
+        assert server.is_alive
+"""
+
+
 def suite(pytester: pytest.Pytester, hang: str, *, grace_s: float = GRACE_S) -> None:
     marked = "@pytest.mark.harness_deadline(2)\ndef test_hangs"
     pytester.makepyfile(test_suite=SUITE.replace("def test_hangs", marked).replace("HANG(", f"{hang}("))
     pytester.makeini(f"[pytest]\nharness_deadline_grace_s = {grace_s}\nharness_crash_grace_s = 1.0\n")
+
+
+@pytest.mark.parametrize(
+    ("backend", "hang"),
+    [
+        ("asyncio", "server_group.wait_ready_async()"),
+        ("asyncio", "server_group.servers[0].wait_async()"),
+        ("asyncio", "anyio.sleep(600)"),
+        ("trio", "server_group.wait_ready_async()"),
+        ("trio", "server_group.servers[0].wait_async()"),
+    ],
+)
+def test_an_async_test_that_hangs_fails(pytester: pytest.Pytester, backend: str, hang: str) -> None:
+    pytester.makepyfile(test_suite=ASYNC_SUITE.replace("BACKEND", backend).replace("HANG", hang))
+    pytester.makeini(f"[pytest]\nharness_deadline_grace_s = {LONG_GRACE_S}\nharness_crash_grace_s = 1.0\n")
+    result, text = run(pytester)
+    result.assert_outcomes(passed=1, failed=1)
+    assert "this test hangs: its deadline of 2 s has passed" in text
 
 
 def run(pytester: pytest.Pytester, *options: str) -> tuple[pytest.RunResult, str]:

@@ -27,6 +27,10 @@ def nothing(_server: object) -> bool:
     return True
 
 
+async def is_up(_server: object) -> bool:
+    return True
+
+
 TEXTS: list[object] = [None, 3, b"a", BytesPath(), ["a"], "nul\0", ""]
 BAD: dict[str, tuple[Callable[[object], object], list[object]]] = {
     "text": (lambda value: specs.text(value, "it"), TEXTS),
@@ -53,7 +57,7 @@ BAD: dict[str, tuple[Callable[[object], object], list[object]]] = {
         ],
     ),
     "ask": (specs.ask, [None, "", "Root", "tree", 0, True, b"root"]),
-    "ready": (specs.ready, ["/health", 3, True, [], {}]),
+    "ready": (specs.ready, ["/health", 3, True, [], {}, is_up]),
     "environment": (
         specs.environment,
         [

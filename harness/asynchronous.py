@@ -14,7 +14,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -42,6 +42,17 @@ def check() -> None:
 def slice_s(longest_s: float) -> float:
     """Give how long this thread may wait until it must call `check` again: `longest_s` where it works for no task."""
     return min(longest_s, _LOOK_S) if getattr(_here, "call", None) is not None else longest_s
+
+
+@contextlib.contextmanager
+def put_off() -> Iterator[None]:
+    """Raise no GivenUp in here, but at the next `check` after it: for what must be followed by something else."""
+    call: _Call[Any] | None = getattr(_here, "call", None)
+    _here.call = None
+    try:
+        yield
+    finally:
+        _here.call = call
 
 
 class _Call(Generic[_Result]):

@@ -138,7 +138,8 @@ class ServerGroup(Launcher):
         The group's GPUs are given back as soon as their memory is.
         """
         if self._leased is not None:
-            self._leased.end()
+            with asynchronous.put_off():  # a cancelled stop has been ordered in any case
+                self._leased.end()
         return self._owner.stop(self.servers, grace_s=grace_s)
 
     stop_async = asynchronous.form_of(stop)

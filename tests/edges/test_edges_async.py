@@ -407,6 +407,21 @@ def test_a_cancelled_stop_goes_on_and_loses_no_report(run: Run, watchdog: harnes
     run(use)
 
 
+def test_a_stop_in_a_task_that_is_cancelled_already_is_ordered(run: Run, watchdog: harness.Watchdog) -> None:
+    async def use() -> None:
+        server = await watchdog.launch_async(["sleep", "1000"])
+        with Watched([server.pid]) as watched:
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                try:
+                    await anyio.sleep(LONG_S)
+                finally:
+                    await server.stop_async()
+            assert watched.wait_gone(30.0) == []
+
+    run(use)
+
+
 def test_whoever_leaves_has_stopped_everything_cancelled_or_not(run: Run, watchdog: harness.Watchdog) -> None:
     slow = family(member(takes_s=0.3))
 

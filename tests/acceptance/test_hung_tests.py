@@ -145,9 +145,7 @@ def test_an_async_test_that_hangs_fails(pytester: pytest.Pytester, backend: str,
 
 
 def run(pytester: pytest.Pytester, *options: str) -> tuple[pytest.RunResult, str]:
-    # pytest-asyncio warns where a setting of its own is not made.
-    plugins = ("-p", "no:cacheprovider", "-p", "no:asyncio")
-    result = pytester.runpytest_subprocess(*plugins, "-W", "error", *options, timeout=60)
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-W", "error", *options, timeout=60)
     return result, result.stdout.str() + result.stderr.str()
 
 

@@ -29,8 +29,7 @@ def test_server(server_group):
 
 
 def run(pytester: pytest.Pytester, *options: str) -> pytest.RunResult:
-    # pytest-asyncio warns where a setting of its own is not made; with it and anyio: test_shapes.py.
-    return pytester.runpytest_subprocess("-p", "no:cacheprovider", "-p", "no:asyncio", *options, timeout=60)
+    return pytester.runpytest_subprocess("-p", "no:cacheprovider", *options, timeout=60)
 
 
 @pytest.mark.parametrize(

@@ -79,10 +79,18 @@ def write(pytester: pytest.Pytester, title: str, **changes: str) -> None:
         (pytester.path / name).write_text(code, encoding="utf-8")
 
 
+@pytest.fixture(autouse=True)
+def only_what_a_section_needs(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take away what makes the runs of all other tests do without pytest-asyncio: `run` chooses the plugins."""
+    del pytester  # it comes first, since it sets the variable
+    monkeypatch.delenv("PYTEST_ADDOPTS")
+
+
 def run(pytester: pytest.Pytester, title: str, *options: str) -> pytest.RunResult:
     """Run pytest with no more plugins than the section needs, and with warnings as errors."""
     plugins = {"asyncio": "pytest-asyncio", "anyio": "anyio"}
     unused = [part for name, word in plugins.items() if word not in title for part in ("-p", f"no:{name}")]
+    unused += ["-p", "no:randomly", "-p", "no:rerunfailures"]
     logs = f"--harness-log-dir={pytester.path / 'logs'}"
     return pytester.runpytest_subprocess("-p", "no:cacheprovider", "-W", "error", logs, *unused, *options, timeout=100)
 

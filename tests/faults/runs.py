@@ -125,7 +125,7 @@ class Run:
         (directory / "pytest.ini").write_text(f"[pytest]\nharness_crash_grace_s = {crash_grace_s}\n", encoding="utf-8")
         self.output = directory / "output"
         self._tests = tests
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:asyncio", *options]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
                 [*command, "--rootdir", str(directory), str(directory)],

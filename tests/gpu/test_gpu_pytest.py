@@ -29,8 +29,8 @@ def make(pytester: pytest.Pytester, machine: Machine, *tests: str, ini: str = ""
 
 
 def run(pytester: pytest.Pytester, *options: str) -> pytest.RunResult:
-    # pytest-benchmark, where it is installed, warns of pytest-xdist, pytest-asyncio of a setting that it has not.
-    plugins = ["-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "no:asyncio"]
+    # pytest-benchmark, where it is installed, warns of pytest-xdist.
+    plugins = ["-p", "no:cacheprovider", "-p", "no:benchmark"]
     command = [sys.executable, "-m", "pytest", *plugins, "-W", "error", "-rsfE", *options]
     return pytester.run(*command, timeout=100)
 

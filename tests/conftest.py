@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-# Wherever they are installed pytest-randomly shuffles, pytest-rerunfailures starts a thread, and pytest-asyncio warns of
-# a setting that is not made: the runs that tests start are without, unless a test wants them.
+# Wherever they are installed pytest-randomly shuffles, pytest-rerunfailures starts a thread, and pytest-asyncio warns
+# of a setting that is not made: the runs that tests start are without, unless a test wants them.
 PLAIN = "-p no:randomly -p no:rerunfailures -p no:asyncio"
 os.environ["PYTEST_ADDOPTS"] = PLAIN
 

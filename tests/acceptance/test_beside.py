@@ -20,8 +20,8 @@ PLAIN_AND_XDIST = pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["pl
 
 @pytest.fixture
 def pytester(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """Give pytest's own fixture; runs load every plugin that is installed."""
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:cacheprovider")
+    """Give pytest's own fixture; runs load every plugin but one, which warns where a setting of its own is not made."""
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:cacheprovider -p no:asyncio")
     return pytester
 
 

@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from harness import doctor, gpus_command, procfs, remains, state_dir
+from harness import doctor, gpus_command, live, live_command, procfs, remains, specs, state_dir
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from harness.remains import Remains
 
 _LIMIT_S = 10.0
+_STOP_LIMIT_S = 60.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,6 +44,32 @@ def _parser() -> argparse.ArgumentParser:
         " HARNESS_CGROUP=off has servers killed without cgroups.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    ps = commands.add_parser(
+        "ps",
+        help="show every live watchdog of this user, its test and its servers",
+        description="Show every live watchdog of this user, whatever its state directory, the test that runs, and each"
+        " server with its tree: how many processes, the sum of their resident memory, and the ports they listen on."
+        " Adopted servers are not shown.",
+    )
+    ps.set_defaults(command=_ps)
+    stop = commands.add_parser(
+        "stop",
+        help="stop all servers of a watchdog, also where its test process hangs",
+        description="Tell watchdogs (SIGTERM) to stop all their servers in parallel and to end, whatever their test"
+        " processes do, and wait for it. Exit code 1: something is left after the timeout.",
+    )
+    stop.add_argument("pids", metavar="PID", nargs="*", type=_pid, help="a watchdog, as ps shows it")
+    stop.add_argument("--all", action="store_true", help="every live watchdog of this user")
+    stop.add_argument(
+        "--timeout",
+        metavar="S",
+        type=_seconds,
+        default=_STOP_LIMIT_S,
+        help=f"seconds to wait at most (default: {_STOP_LIMIT_S:g}); what has been told goes on after them",
+    )
+    stop.set_defaults(command=_stop, usage=stop.error)
+    for command in (ps, stop):
+        command.add_argument("--json", action="store_true", help="print JSON")
     sweep = commands.add_parser(
         "sweep",
         help="show what dead runs have left behind, or end it",
@@ -83,6 +110,40 @@ def _not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return text
+
+
+def _pid(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 < int(text) < 1 << 22):  # PID_MAX_LIMIT of the kernel
+        raise argparse.ArgumentTypeError(f"{text!r} is no pid")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        return specs.seconds(float(text), "--timeout")
+    except (ValueError, HarnessError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None
+
+
+def _ps(options: argparse.Namespace) -> int:
+    found = live.watchdogs()
+    if options.json:
+        _print(json.dumps([asdict(watchdog) for watchdog in found], indent=2))
+    else:
+        _print("\n".join(map(doctor.plain, live_command.table(found))))
+    return 0
+
+
+def _stop(options: argparse.Namespace) -> int:
+    if options.all == bool(options.pids):
+        options.usage("name the watchdogs that are to stop, or --all")
+    pids = [watchdog.pid for watchdog in live.watchdogs()] if options.all else options.pids
+    rows, is_clean = live_command.stop(pids, limit_s=options.timeout)
+    if options.json:
+        _print(json.dumps(rows, indent=2))
+    else:
+        _print("\n".join(map(live_command.stop_line, rows)) or "no watchdog is running")
+    return 0 if is_clean else 1
 
 
 def _sweep(options: argparse.Namespace) -> int:

@@ -80,8 +80,9 @@ class TestWatch:
         self._stacks_path = run / "stacks.txt"
         try:
             self._stacks = private.open_file(str(self._stacks_path), os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            self._test = private.open_file(str(run / private.TEST_FILE), os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise HarnessError(f"cannot make {self._stacks_path}: {error.strerror}") from None
+            raise HarnessError(f"cannot make a file in {run}: {error.strerror}") from None
         self._listen()
         _watches.append(self)
         # Where Yama restricts ptrace(2), and pidfd_getfd(2) with it: to write to this process's standard error.
@@ -103,6 +104,7 @@ class TestWatch:
         if _watches:
             _watches[-1]._listen()  # noqa: SLF001 - of the same class
         os.close(self._stacks)
+        os.close(self._test)
 
     # ---- what the test process tells
 
@@ -110,6 +112,7 @@ class TestWatch:
         """Say that a test begins; raises WatchdogDied if nobody is there to watch its deadline."""
         self.forget()
         os.ftruncate(self._stacks, 0)
+        self._note(test)
         if deadline_s is not None and _is_traced():
             deadline_s = None
         report = report_path(self._reports, test)
@@ -119,6 +122,11 @@ class TestWatch:
         with contextlib.nullcontext() if deadline_s is not None else contextlib.suppress(WatchdogDied):
             self._tell(begin)
 
+    def _note(self, test: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk; it is for `python -m harness ps` alone
+            os.ftruncate(self._test, 0)
+            os.pwrite(self._test, test.encode(errors="replace")[: private.LONGEST_TEST], 0)
+
     def forget(self) -> None:
         """Know nothing of an earlier test any more."""
         self._reason = ""
@@ -126,6 +134,7 @@ class TestWatch:
 
     def end(self) -> None:
         """Say that the test has ended; a watchdog that has died needs not know."""
+        self._note("")
         with contextlib.suppress(WatchdogDied):
             self._tell(messages.EndTest())
 

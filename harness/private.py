@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # An entry of the ledger is named by these and its server's key.
 ENTRY_PREFIX = "server-"
 ENTRY_SUFFIX = ".json"
+# The file that says which test runs in the test process of a run, in at most so many bytes.
+TEST_FILE = "test.txt"
+LONGEST_TEST = 4096
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

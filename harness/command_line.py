@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from harness.remains import Remains
 
+    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 - argparse has no other name for it
+
 _LIMIT_S = 10.0
 _STOP_LIMIT_S = 60.0
 
@@ -44,6 +46,12 @@ def _parser() -> argparse.ArgumentParser:
         " HARNESS_CGROUP=off has servers killed without cgroups.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_live(commands)
+    _add_checks(commands)
+    return parser
+
+
+def _add_live(commands: _Commands) -> None:
     ps = commands.add_parser(
         "ps",
         help="show every live watchdog of this user, its test and its servers",
@@ -70,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     stop.set_defaults(command=_stop, usage=stop.error)
     for command in (ps, stop):
         command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_checks(commands: _Commands) -> None:
     sweep = commands.add_parser(
         "sweep",
         help="show what dead runs have left behind, or end it",
@@ -103,7 +114,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--state-dir", metavar="DIR", type=_not_empty, help="default: as for a run (see the README, State)"
         )
-    return parser
 
 
 def _not_empty(text: str) -> str:

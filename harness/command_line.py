@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from harness import doctor, gpus_command, live, live_command, procfs, remains, specs, state_dir
+from harness import doctor, gpus_command, procfs, remains, specs, state_dir
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
@@ -136,6 +136,8 @@ def _seconds(text: str) -> float:
 
 
 def _ps(options: argparse.Namespace) -> int:
+    from harness import live, live_command  # noqa: PLC0415 - psutil: `doctor` and `sweep` do without any package
+
     found = live.watchdogs()
     if options.json:
         _print(json.dumps([asdict(watchdog) for watchdog in found], indent=2))
@@ -147,6 +149,8 @@ def _ps(options: argparse.Namespace) -> int:
 def _stop(options: argparse.Namespace) -> int:
     if options.all == bool(options.pids):
         options.usage("name the watchdogs that are to stop, or --all")
+    from harness import live, live_command  # noqa: PLC0415 - as above
+
     pids = [watchdog.pid for watchdog in live.watchdogs()] if options.all else options.pids
     rows, is_clean = live_command.stop(pids, limit_s=options.timeout)
     if options.json:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import asynchronous, leasing, logs, messages, platform, private, procfs, specs, state_dir
+from harness import asynchronous, journal, leasing, logs, messages, platform, private, procfs, specs, state_dir
 from harness.errors import GpuUnavailable, HarnessError, LaunchFailed, SpecError, WatchdogDied
 from harness.forking import WatchdogProcess
 from harness.group import ServerGroup
@@ -18,6 +18,7 @@ from harness.leasing import GpuLease
 from harness.link import Link
 from harness.outcomes import StopReport, outcome_of
 from harness.server import Server
+from harness.waiting import StopWord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -60,6 +61,8 @@ class Watchdog(Launcher):
         self._lock = threading.Lock()
         self._servers: list[Server] = []
         self._names = itertools.count()
+        # What is launched here is its; the plugin's watchdog has none, and leaves it to who launches.
+        self.owner = journal.owner()
 
     def __repr__(self) -> str:
         """Name the process and how many servers it has been given."""
@@ -189,8 +192,10 @@ class Watchdog(Launcher):
         try:
             devices = tuple(request.devices) if isinstance(request, messages.Launch) else ()
             server = Server(link, link.launch(key, request), spec, log_path=log_path, devices=devices)
+            server.owner = self.owner or journal.owner()
             with self._lock:
                 self._servers.append(server)
+            journal.note("launched", server, **_facts_of(server, request))
             if register is not None:
                 register(server)
         except WatchdogDied:
@@ -208,7 +213,8 @@ class Watchdog(Launcher):
         try:
             if self._given_log_dir is None:
                 os.close(private.open_run(str(self._log_dir), make=True))
-            return logs.new_path(self._log_dir, name)
+            launcher = self.owner or journal.owner()
+            return logs.new_path(self._log_dir, name, launcher.name if launcher is not None else "")
         except OSError as error:
             raise SpecError(f"cannot make the log directory {self._log_dir}: {error.strerror}") from None
 
@@ -262,9 +268,12 @@ class Watchdog(Launcher):
         pending = [server for server in chosen if not server.has_ended]
         seconds = 0.0
         if pending:
-            longest_s = (limit or max(server.grace_s for server in pending)) + link.memory_s
+            grace = limit or max(server.grace_s for server in pending)
             request = messages.Stop([server.key for server in pending], limit, kill=False)
-            stopped = link.request(request, messages.Stopped, timeout_s=longest_s)
+            word = StopWord([server.name for server in pending], grace, is_kill=False)
+            stopped = link.request(
+                request, messages.Stopped, timeout_s=grace + link.memory_s, meanwhile=word.say
+            )
             _record(pending, stopped)
             seconds = stopped.seconds
         return StopReport(tuple(server.outcome for server in chosen if server.outcome is not None), seconds)
@@ -307,8 +316,24 @@ class Watchdog(Launcher):
     __aexit__ = asynchronous.uncancellable(__exit__)
 
 
+def _facts_of(server: Server, request: messages.Launch | messages.Adopt) -> dict[str, object]:
+    return {
+        "command": request.command if isinstance(request, messages.Launch) else [],
+        "pid": server.pid,
+        "ports": server.ports_by_name,
+        "gpus": list(server.gpus),
+        "log": str(server.log_path),
+        "owner": server.owner.name if server.owner is not None else "",
+        "test": server.owner.test if server.owner is not None else "",
+    }
+
+
 def _record(servers: Sequence[Server], stopped: messages.Stopped) -> None:
     by_key = {outcome.key: outcome for outcome in stopped.outcomes}
+    if len(by_key) > 1:
+        one_by_one_s = round(sum(outcome.seconds for outcome in stopped.outcomes), 6)
+        facts = {"seconds": round(stopped.seconds, 6), "one_by_one_s": one_by_one_s}
+        journal.note("stopped", servers=[outcome.name for outcome in stopped.outcomes], **facts)
     for server in servers:
         if server.key in by_key:
             server.record(outcome_of(by_key[server.key]))

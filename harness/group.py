@@ -6,7 +6,7 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from harness import asynchronous, specs, waiting
+from harness import asynchronous, journal, specs, waiting
 from harness.errors import HarnessError, SpecError
 from harness.launching import Launcher
 from harness.leasing import SharedLease
@@ -51,6 +51,8 @@ class ServerGroup(Launcher):
         self._named: dict[str, Server | None] = {}
         self._servers: list[Server] = []
         self._has_been_left = False
+        # What is launched in it is its own, whoever launches.
+        self._group_owner = journal.owner()
 
     def __repr__(self) -> str:
         """Name the group and its servers."""
@@ -114,6 +116,7 @@ class ServerGroup(Launcher):
     def _add(self, server: Server) -> None:
         with self._lock:
             self._servers.append(server)
+            server.owner = self._group_owner
             self._named[server.name] = server
             is_late = self._has_been_left
         if is_late:

@@ -7,10 +7,11 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from harness import asynchronous, logs, messages, procfs, signals, specs, templates, waiting
+from harness import asynchronous, journal, logs, messages, procfs, signals, specs, templates, waiting
 from harness.errors import HarnessError, NotReady, SpecError
-from harness.outcomes import ServerOutcome, StopReport, outcome_of
+from harness.outcomes import ServerOutcome, StopReport, outcome_facts, outcome_of
 from harness.popen import ServerProcess
+from harness.readiness_history import ReadinessHistory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,6 +47,11 @@ class Server:
         self.grace_s = spec.grace_s
         self.gpus = devices
         self.host = templates.HOST
+        self.launched_at = time.monotonic()
+        self.readiness = ReadinessHistory(self.launched_at)
+        # For the plugin: who must stop it, and whether its end may be what the test wants.
+        self.owner: journal.Owner | None = None
+        self.was_signalled = False
         self._pgid = self.pid if launched.keeper else _group_of(self.pid)
         self._status = _NO_STATUS
         self._outcome: ServerOutcome | None = None
@@ -87,6 +93,11 @@ class Server:
     def ports(self) -> dict[str, int]:
         """Give the ports that were asked for by name in `ports=`."""
         return {name: port for name, port in self._launched.ports.items() if name}
+
+    @property
+    def ports_by_name(self) -> dict[str, int]:
+        """Give every port that is held for it, the main one as "port"; for reports."""
+        return {name or "port": port for name, port in self._launched.ports.items()}
 
     def url(self, path: str = "") -> str:
         """Give the http URL of a path on the main port."""
@@ -195,7 +206,10 @@ class Server:
 
     def _stop(self, stop: messages.Stop, limit_s: float) -> ServerOutcome:
         if not self.has_ended:
-            stopped = self._link.request(stop, messages.Stopped, timeout_s=limit_s + self._link.memory_s)
+            word = waiting.StopWord([self.name], limit_s, stop.kill)
+            stopped = self._link.request(
+                stop, messages.Stopped, timeout_s=limit_s + self._link.memory_s, meanwhile=word.say
+            )
             self.record(outcome_of(stopped.outcomes[0]))
         if self._outcome is None:
             raise HarnessError(f"{self.name!r} has no outcome")
@@ -203,11 +217,14 @@ class Server:
 
     def record(self, outcome: ServerOutcome) -> None:
         """Keep the outcome of a stop; one that is final is not asked for again."""
+        is_news = outcome != self._outcome
         phase = "unkillable" if outcome.how == "unkillable" else "gone"
         self._status = messages.ServerStatus(
             self.key, phase, True, outcome.returncode, outcome.exited_at, outcome.reason
         )
         self._outcome = outcome
+        if is_news:
+            journal.note("ended", self, **outcome_facts(outcome))
 
     @property
     def has_ended(self) -> bool:
@@ -224,6 +241,7 @@ class Server:
         if isinstance(sig, bool) or sig not in {0, *signal.valid_signals()}:
             raise SpecError(f"{sig!r} is not a signal")
         if self.status().phase != "gone" and sig:
+            self.was_signalled = True
             self._link.request(messages.SendSignal(self.key, int(sig)), messages.Done)
 
     @property

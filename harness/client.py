@@ -18,7 +18,6 @@ from harness.leasing import GpuLease
 from harness.link import Link
 from harness.outcomes import StopReport, outcome_of
 from harness.server import Server
-from harness.waiting import StopWord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -195,7 +194,7 @@ class Watchdog(Launcher):
             server.owner = self.owner or journal.owner()
             with self._lock:
                 self._servers.append(server)
-            journal.note("launched", server, **_facts_of(server, request))
+            journal.launched(server)
             if register is not None:
                 register(server)
         except WatchdogDied:
@@ -268,12 +267,9 @@ class Watchdog(Launcher):
         pending = [server for server in chosen if not server.has_ended]
         seconds = 0.0
         if pending:
-            grace = limit or max(server.grace_s for server in pending)
+            longest_s = (limit or max(server.grace_s for server in pending)) + link.memory_s
             request = messages.Stop([server.key for server in pending], limit, kill=False)
-            word = StopWord([server.name for server in pending], grace, is_kill=False)
-            stopped = link.request(
-                request, messages.Stopped, timeout_s=grace + link.memory_s, meanwhile=word.say
-            )
+            stopped = link.request(request, messages.Stopped, timeout_s=longest_s)
             _record(pending, stopped)
             seconds = stopped.seconds
         return StopReport(tuple(server.outcome for server in chosen if server.outcome is not None), seconds)
@@ -316,24 +312,8 @@ class Watchdog(Launcher):
     __aexit__ = asynchronous.uncancellable(__exit__)
 
 
-def _facts_of(server: Server, request: messages.Launch | messages.Adopt) -> dict[str, object]:
-    return {
-        "command": request.command if isinstance(request, messages.Launch) else [],
-        "pid": server.pid,
-        "ports": server.ports_by_name,
-        "gpus": list(server.gpus),
-        "log": str(server.log_path),
-        "owner": server.owner.name if server.owner is not None else "",
-        "test": server.owner.test if server.owner is not None else "",
-    }
-
-
 def _record(servers: Sequence[Server], stopped: messages.Stopped) -> None:
     by_key = {outcome.key: outcome for outcome in stopped.outcomes}
-    if len(by_key) > 1:
-        one_by_one_s = round(sum(outcome.seconds for outcome in stopped.outcomes), 6)
-        facts = {"seconds": round(stopped.seconds, 6), "one_by_one_s": one_by_one_s}
-        journal.note("stopped", servers=[outcome.name for outcome in stopped.outcomes], **facts)
     for server in servers:
         if server.key in by_key:
             server.record(outcome_of(by_key[server.key]))

@@ -1,64 +1,42 @@
-"""What happens to servers, as this test process sees it, for those who listen: reports, summaries, progress lines.
+"""Who launches what in this test process, for those who report of it.
 
-It also knows who owns what is launched just now: a test, or a fixture that is being set up. Without a listener a note
-costs a function call. A listener must not raise: nobody's launch fails for the sake of a report.
+It knows who owns what is launched just now: a test, or a fixture that is being set up. Without a listener a launch
+costs a look at an empty list. A listener must not raise: nobody's launch fails for the sake of a report.
 """
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# How often a long wait says that it goes on, in seconds.
-WORD_S = 1.0
-
-
-class Event(NamedTuple):
-    """Something that happened. `facts` can be written as JSON; `subject` is the server that it is about, if any."""
-
-    kind: str
-    monotonic_s: float
-    facts: dict[str, object]
-    subject: object
-
 
 class Owner(NamedTuple):
-    """Who launched a server: a test or a fixture of this `scope`, with its `name`, for the `test` that it was set up for."""
+    """Who launched a server: a test, or a fixture of this `scope` that was set up for it; `name` is its id or name."""
 
     name: str
     scope: str
-    test: str
-    number: int
 
 
-_listeners: list[Callable[[Event], None]] = []
+_listeners: list[Callable[[object], None]] = []
 _owners: list[Owner] = []
 
 
-def listen(listener: Callable[[Event], None]) -> None:
-    """Tell this function of every event from now on."""
+def listen(listener: Callable[[object], None]) -> None:
+    """Give this function every server from now on, when it has been launched."""
     _listeners.append(listener)
 
 
-def unlisten(listener: Callable[[Event], None]) -> None:
-    """Tell it no more."""
+def unlisten(listener: Callable[[object], None]) -> None:
+    """Give it no more."""
     _listeners.remove(listener)
 
 
-def is_heard() -> bool:
-    """Say whether anybody listens."""
-    return bool(_listeners)
-
-
-def note(kind: str, subject: object = None, **facts: object) -> None:
-    """Say that something has happened just now."""
-    if _listeners:
-        event = Event(kind, time.monotonic(), facts, subject)
-        for listener in list(_listeners):
-            listener(event)
+def launched(server: object) -> None:
+    """Say that a server has been launched."""
+    for listener in _listeners:
+        listener(server)
 
 
 def enter(owner: Owner) -> None:
@@ -67,9 +45,9 @@ def enter(owner: Owner) -> None:
 
 
 def leave(owner: Owner) -> None:
-    """Say that this owner launches nothing more."""
+    """Say that this owner launches nothing more; nor do those that it entered in the meantime."""
     if owner in _owners:
-        del _owners[_owners.index(owner) :]
+        del _owners[len(_owners) - 1 - _owners[::-1].index(owner) :]
 
 
 def owner() -> Owner | None:

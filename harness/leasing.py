@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import asynchronous, journal
+from harness import asynchronous
 from harness.errors import GpuUnavailable, HarnessError, SpecError
 from harness.lease_messages import EndLease, Lease, LeaseStatus, WaitLease
 from harness.messages import Done
@@ -74,7 +74,7 @@ class GpuLease:
         """
         self._link.memory_s = max(self._link.memory_s, self._terms.release_s)
         self._link.lease(self.number, _request(wish, self._terms, self._name, is_for_one=is_for_one))
-        self.devices = _wait(self._link, self.number, self._name, self._terms.wait_s)
+        self.devices = _wait(self._link, self.number, self._name)
         return self
 
     def end(self) -> None:
@@ -114,24 +114,19 @@ def _paths() -> list[str]:
     return list(dict.fromkeys(map(str, folders)))
 
 
-def _wait(link: Link, number: int, name: str, limit_s: float) -> tuple[str, ...]:
-    began = next_word = time.monotonic()
-    next_word += _FIRST_WORD_S
+def _wait(link: Link, number: int, name: str) -> tuple[str, ...]:
+    began = time.monotonic()
+    patience_s = _FIRST_WORD_S
     while True:
-        status = link.request(WaitLease(number, journal.WORD_S), LeaseStatus, timeout_s=journal.WORD_S)
-        waited_s = time.monotonic() - began
+        status = link.request(WaitLease(number, patience_s), LeaseStatus, timeout_s=patience_s)
         if status.state == "granted":
-            journal.note("leased", name=name, devices=status.devices, seconds=round(waited_s, 6))
             return tuple(status.devices)
         if status.state != "waiting":
             error = GpuUnavailable(f"{name!r}: {status.text}", server=name)
             error.is_absent = status.state == "absent"
             raise error
-        facts = {"seconds": round(waited_s, 3), "limit_s": limit_s, "awaited": f"its GPUs: {status.text}"}
-        journal.note("waiting", what="gpus", servers=[name], **facts)
-        if time.monotonic() >= next_word:
-            next_word = time.monotonic() + _NEXT_WORD_S
-            _log.warning("%r has waited %.0f s for its GPUs: %s", name, waited_s, status.text)
+        patience_s = _NEXT_WORD_S
+        _log.warning("%r has waited %.0f s for its GPUs: %s", name, time.monotonic() - began, status.text)
 
 
 class Share:

@@ -16,7 +16,7 @@ _TAIL_BYTES = 1 << 16
 _LINE_CHARACTERS = 2000
 _FRESH = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
-_LONGEST_PART = 80
+_LONGEST_PART = 100
 
 
 def new_path(directory: Path, name: str, test: str = "") -> Path:
@@ -26,7 +26,8 @@ def new_path(directory: Path, name: str, test: str = "") -> Path:
     directory only: what prevents the file is the keeper's to say, which opens it.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    words = [*([_readable(test.rpartition("/")[2])] if test else []), _readable(name)]
+    file, separator, rest = test.partition("::")
+    words = [_readable(word) for word in (f"{file.rpartition('/')[2]}{separator}{rest}", name) if word]
     while True:
         path = directory / f"{'--'.join(words)}-{os.getpid()}-{next(_numbers)}.log"
         # One may be there: of a process that had this pid, or has it in another container.
@@ -40,7 +41,8 @@ def new_path(directory: Path, name: str, test: str = "") -> Path:
 
 
 def _readable(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", text).strip("_")[-_LONGEST_PART:]
+    # The end says most of a long test id; a file's name may have 255 bytes (NAME_MAX).
+    return re.sub(r"[^\w.-]+", "_", text).strip("_").encode()[-_LONGEST_PART:].decode(errors="ignore")
 
 
 def tail(path: Path, lines: int) -> str:

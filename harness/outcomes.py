@@ -180,18 +180,6 @@ def _release_of(wire: lease_messages.DeviceRelease) -> DeviceRelease:
     return DeviceRelease(**{**wire.as_dict(), "own": own, "foreign": foreign})
 
 
-def outcome_facts(outcome: ServerOutcome) -> dict[str, object]:
-    """Give the outcome as plain values, for a report file."""
-    return {
-        "how": outcome.how,
-        "returncode": outcome.returncode,
-        "seconds": round(outcome.seconds, 6),
-        "survivors": [str(survivor) for survivor in outcome.survivors],
-        "reason": outcome.reason,
-        "gpu": [str(device) for device in outcome.gpu],
-    }
-
-
 def report_of(wire: messages.Stopped) -> StopReport:
     """Make the public report from the watchdog's."""
     return StopReport(tuple(outcome_of(outcome) for outcome in wire.outcomes), wire.seconds)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness import session
+from harness import run_report, session
 from harness.errors import GpuNotReleased, Leaked
 from harness.fixtures import server_group, watchdog
 from harness.session import end_test
@@ -72,6 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not _is_controller(config):
         session.keep_stderr(config)
         session.start(config)
+        run_report.start(config)
 
 
 def pytest_plugin_registered(plugin: object) -> None:
@@ -92,8 +93,18 @@ def pytest_configure_node(node: Any) -> None:
 @pytest.hookimpl(hookwrapper=True, trylast=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, Result[None], None]:
     """Say that the test begins: here, since plugins that repeat a test repeat this."""
+    report = run_report.of(item.config)
+    if report is not None:
+        report.begin(item.nodeid)
     session.begin_test(item)
     with _phase(item):
+        yield
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Result[None], None]:
+    """Know whose it is what a fixture launches that outlives the test."""
+    with run_report.owner_is(fixturedef.argname, fixturedef.scope):
         yield
 
 
@@ -127,6 +138,19 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, Result[None], 
     watch = session.watched_test(item.config)
     if watch is not None and watch.is_unreported and outcome.exception is None:
         outcome.force_exception(watch.failure())
+    _end_report(item, outcome)
+
+
+def _end_report(item: pytest.Item, outcome: Result[None]) -> None:
+    report = run_report.of(item.config)
+    if report is None:
+        return
+    report.end()
+    try:
+        report.warn_of_deaths()
+    except run_report.ServerDied as error:  # where warnings are errors
+        if outcome.exception is None:
+            outcome.force_exception(error)
 
 
 def _phase(item: pytest.Item) -> contextlib.AbstractContextManager[None]:
@@ -136,8 +160,11 @@ def _phase(item: pytest.Item) -> contextlib.AbstractContextManager[None]:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Result[pytest.TestReport], None]:
-    """Show the stacks in the report of a test that hung."""
+    """Show the servers in the report of a test that failed, and the stacks in that of one that hung."""
     outcome = yield
+    report = run_report.of(item.config)
+    if report is not None and outcome.get_result().failed:
+        outcome.get_result().sections.extend(report.sections(item))
     watch = session.watched_test(item.config)
     if watch is not None and watch.is_overdue and not outcome.get_result().passed:
         watch.is_reported = True
@@ -148,6 +175,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Result[pytes
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """End a test that Ctrl-C or pytest.exit() has ended without a teardown of its own: its deadline is over."""
     end_test(session.config)
+    report = run_report.of(session.config)
+    if report is not None:
+        report.end()
 
 
 def pytest_enter_pdb(config: pytest.Config) -> None:

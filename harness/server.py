@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from harness import asynchronous, journal, logs, messages, procfs, signals, specs, templates, waiting
 from harness.errors import HarnessError, NotReady, SpecError
-from harness.outcomes import ServerOutcome, StopReport, outcome_facts, outcome_of
+from harness.outcomes import ServerOutcome, StopReport, outcome_of
 from harness.popen import ServerProcess
 from harness.readiness_history import ReadinessHistory
 
@@ -206,10 +206,7 @@ class Server:
 
     def _stop(self, stop: messages.Stop, limit_s: float) -> ServerOutcome:
         if not self.has_ended:
-            word = waiting.StopWord([self.name], limit_s, stop.kill)
-            stopped = self._link.request(
-                stop, messages.Stopped, timeout_s=limit_s + self._link.memory_s, meanwhile=word.say
-            )
+            stopped = self._link.request(stop, messages.Stopped, timeout_s=limit_s + self._link.memory_s)
             self.record(outcome_of(stopped.outcomes[0]))
         if self._outcome is None:
             raise HarnessError(f"{self.name!r} has no outcome")
@@ -217,14 +214,11 @@ class Server:
 
     def record(self, outcome: ServerOutcome) -> None:
         """Keep the outcome of a stop; one that is final is not asked for again."""
-        is_news = outcome != self._outcome
         phase = "unkillable" if outcome.how == "unkillable" else "gone"
         self._status = messages.ServerStatus(
             self.key, phase, True, outcome.returncode, outcome.exited_at, outcome.reason
         )
         self._outcome = outcome
-        if is_news:
-            journal.note("ended", self, **outcome_facts(outcome))
 
     @property
     def has_ended(self) -> bool:

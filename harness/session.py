@@ -90,11 +90,13 @@ def _watchdog(config: pytest.Config) -> Watchdog:
     from harness.client import Watchdog  # noqa: PLC0415 - see the top
     from harness.leasing import DEFAULT_RELEASE_S, DEFAULT_WAIT_S  # noqa: PLC0415 - see the top
 
-    return Watchdog(
+    made = Watchdog(
         log_dir=_log_dir(config),
         gpu_wait_s=_seconds(config, "harness_gpu_wait_s", None) or DEFAULT_WAIT_S,
         gpu_release_s=_seconds(config, "harness_gpu_release_s", None) or DEFAULT_RELEASE_S,
     )
+    made.owner = None  # it is the run's, whichever test asks for it first
+    return made
 
 
 def reports_leaks(config: pytest.Config) -> bool:

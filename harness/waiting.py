@@ -8,7 +8,7 @@ import select
 import time
 from typing import TYPE_CHECKING
 
-from harness import asynchronous, journal, procfs
+from harness import asynchronous, procfs
 from harness.errors import HarnessError, NotReady, ServerExited
 from harness.readiness import HttpOk, LogLine, PortOpen
 
@@ -51,7 +51,6 @@ class _Wait:
     def __init__(self, server: Server, limit_s: float, began: float) -> None:
         self.server = server
         self.limit_s = limit_s
-        self.began = began
         self.deadline = began + limit_s
         self.probe = _probe(server)
         self.root = _pidfd(server)
@@ -96,13 +95,9 @@ def wait_ready(servers: Sequence[Server], timeout_s: float | None) -> None:
     """Return when every server is ready; raise for the first that is not, fails or exits."""
     began = time.monotonic()
     waits = [_Wait(server, timeout_s or server.ready_timeout_s, began) for server in servers]
-    next_word = began + journal.WORD_S
     try:
         while waits:
             asynchronous.check()
-            if time.monotonic() >= next_word:
-                next_word += journal.WORD_S
-                _say_what_is_awaited(waits)
             for wait in list(waits):
                 if _is_done(wait, began):
                     wait.close()
@@ -112,41 +107,6 @@ def wait_ready(servers: Sequence[Server], timeout_s: float | None) -> None:
     finally:
         for wait in waits:
             wait.close()
-
-
-class StopWord:
-    """Says, about once in a second, that a stop goes on, and what it waits for."""
-
-    def __init__(self, names: list[str], grace_s: float, is_kill: bool) -> None:  # noqa: FBT001 - internal
-        """Take the servers' names, the time until SIGKILL in seconds, and whether that was sent at once."""
-        self._names = names
-        self._awaited = "their end after SIGKILL" if is_kill else f"their end after SIGTERM, SIGKILL after {grace_s:g} s"
-        self._grace_s = grace_s
-        self._began = time.monotonic()
-        self._next_word = self._began + journal.WORD_S / 2
-
-    def say(self) -> None:
-        """Say it, if it is time."""
-        now = time.monotonic()
-        if now >= self._next_word:
-            self._next_word = now + journal.WORD_S / 2
-            seconds = round(now - self._began, 3)
-            facts = {"servers": self._names, "seconds": seconds, "limit_s": self._grace_s, "awaited": self._awaited}
-            journal.note("waiting", what="stop", **facts)
-
-
-def _say_what_is_awaited(waits: list[_Wait]) -> None:
-    first = waits[0]
-    seen = f": {first.probe.seen}" if first.probe is not None else ""
-    journal.note(
-        "waiting",
-        first.server,
-        what="ready",
-        servers=[wait.server.name for wait in waits],
-        seconds=round(time.monotonic() - first.began, 3),
-        limit_s=first.limit_s,
-        awaited=f"{first.server.ready!r}{seen}",
-    )
 
 
 def _is_done(wait: _Wait, began: float) -> bool:
@@ -160,7 +120,7 @@ def _is_done(wait: _Wait, began: float) -> bool:
     is_due = now >= wait.next_step or wait.probe.waits_for is not None
     if is_due and _step(wait, wait.probe, now - began):
         _check_alive(wait, now - began)
-        _note_ready(wait, now)
+        wait.server.readiness.end("ready")
         return True
     wait.server.readiness.see(wait.probe.seen)
     if now >= wait.deadline:
@@ -168,11 +128,6 @@ def _is_done(wait: _Wait, began: float) -> bool:
             wait, f"was not ready after {wait.limit_s:g} s, waiting for {wait.server.ready!r}: {wait.probe.seen}"
         )
     return False
-
-
-def _note_ready(wait: _Wait, now: float) -> None:
-    if wait.server.readiness.end("ready"):
-        journal.note("ready", wait.server, seconds=round(now - wait.server.launched_at, 6))
 
 
 def _step(wait: _Wait, probe: Probe, waited_s: float) -> bool:
@@ -215,7 +170,6 @@ def _check_alive(wait: _Wait, waited_s: float) -> None:
     text = f"{server.name!r} (pid {server.pid}) ended with {server.describe_exit()} after {waited_s:.2f} s{what}"
     returncode = server.returncode
     server.readiness.end(f"it ended with {server.describe_exit()}")
-    journal.note("not_ready", server, reason="exited", returncode=returncode, seconds=round(waited_s, 6))
     server.stop()
     raise ServerExited(text, server=server.name, returncode=returncode, log_tail=server.log_tail())
 
@@ -223,7 +177,6 @@ def _check_alive(wait: _Wait, waited_s: float) -> None:
 def _not_ready(wait: _Wait, text: str) -> NotReady:
     server = wait.server
     server.readiness.end(text)
-    journal.note("not_ready", server, reason=text, returncode=None, seconds=round(time.monotonic() - wait.began, 6))
     return NotReady(f"{server.name!r} (pid {server.pid}) {text}", server=server.name, log_tail=server.log_tail())
 
 

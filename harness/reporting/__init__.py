@@ -1,4 +1,1 @@
-"""What people see of servers: sections in the reports of tests, leaks, summaries, progress lines, logs as they are written.
-
-Nothing here knows pytest: `harness.run_report` brings it there.
-"""
+"""What the reports of tests say of servers. Nothing here knows pytest: `harness.run_report` brings it there."""

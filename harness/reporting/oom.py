@@ -20,11 +20,11 @@ def counters() -> dict[str, int]:
     memory.events is that of the cgroup and all below it (Linux 4.19), memory.oom_control its forerunner in version 1,
     /proc/vmstat that of the machine (Linux 4.13). What cannot be read is left out.
     """
-    found = {}
+    found: dict[str, int] = {}
     for where, path in (("this cgroup", _of_cgroup()), ("this machine", Path("/proc/vmstat"))):
         with contextlib.suppress(OSError, ValueError):
             lines = path.read_text(encoding="ascii").splitlines() if path is not None else []
-            found.update({where: int(line.split()[1]) for line in lines if line.startswith("oom_kill ")})
+            found.update((where, int(line.split()[1])) for line in lines if line.startswith("oom_kill "))
     return found
 
 

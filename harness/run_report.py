@@ -76,8 +76,12 @@ class RunReport:
         from harness.reporting.sections import section  # noqa: PLC0415 - as above
 
         for server in self._witness.used(getattr(item, "fixturenames", ())):
-            yield section(server, self._witness, with_log=server not in self._shown)
+            try:
+                made = section(server, self._witness, with_log=server not in self._shown)
+            except Exception as error:  # noqa: BLE001 - a mistake here must not end the run
+                made = (f"harness: server {server.name!r}", f"no section: {type(error).__name__}: {error}")
             self._shown.add(server)
+            yield made
 
     def warn_of_deaths(self) -> None:
         """Warn of servers of a wider scope that died during this test, which has not failed."""

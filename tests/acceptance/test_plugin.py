@@ -99,7 +99,7 @@ def test_logs_are_kept_where_they_are_asked_for(pytester: pytest.Pytester, tmp_p
     pytester.makeini("[pytest]\nharness_log_dir = by-ini")
     run(pytester).assert_outcomes(passed=1)
     for directory in (tmp_path / "by-option", pytester.path / "by-ini"):
-        (log,) = directory.glob("my_server-*.log")
+        (log,) = directory.glob("test_*.py_test_one--my_server-*.log")
         assert log.read_text(encoding="utf-8") == "out\nerr\n"
 
 

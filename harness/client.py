@@ -306,7 +306,8 @@ class Watchdog(Launcher):
         """Start the watchdog."""
         if self._link is None:
             run = await self._new_run_async()
-            self._fork(run)  # some milliseconds, and in this thread: to fork changes the warning filters of all
+            if self._link is None:  # another task may have entered it meanwhile
+                self._fork(run)  # some milliseconds, and in this thread: to fork changes the warning filters of all
         return self
 
     __aexit__ = asynchronous.uncancellable(__exit__)

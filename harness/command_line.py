@@ -149,10 +149,9 @@ def _ps(options: argparse.Namespace) -> int:
 def _stop(options: argparse.Namespace) -> int:
     if options.all == bool(options.pids):
         options.usage("name the watchdogs that are to stop, or --all")
-    from harness import live, live_command  # noqa: PLC0415 - as above
+    from harness import live_command  # noqa: PLC0415 - as above
 
-    pids = [watchdog.pid for watchdog in live.watchdogs()] if options.all else options.pids
-    rows, is_clean = live_command.stop(pids, limit_s=options.timeout)
+    rows, is_clean = live_command.stop(None if options.all else options.pids, limit_s=options.timeout)
     if options.json:
         _print(json.dumps(rows, indent=2))
     else:

@@ -74,6 +74,7 @@ class TestWatch:
         self._grace_s = grace_s
         self._stderr = stderr
         self._reason = ""
+        self._name = ""
         self._may_raise = False
         self._has_raised = False
         self.is_reported = False
@@ -103,6 +104,7 @@ class TestWatch:
             signal.signal(_SIGNAL, signal.SIG_DFL)
         if _watches:
             _watches[-1]._listen()  # noqa: SLF001 - of the same class
+            _watches[-1]._note(_watches[-1]._name)  # noqa: SLF001 - they share the file
         os.close(self._stacks)
         os.close(self._test)
 
@@ -123,6 +125,7 @@ class TestWatch:
             self._tell(begin)
 
     def _note(self, test: str) -> None:
+        self._name = test
         with contextlib.suppress(OSError):  # a full disk; it is for `python -m harness ps` alone
             os.ftruncate(self._test, 0)
             os.pwrite(self._test, test.encode(errors="replace")[: private.LONGEST_TEST], 0)

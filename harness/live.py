@@ -23,14 +23,17 @@ from harness.errors import SpecError
 _WATCHDOG = "harness-watchd"
 _KEEPER = "harness-keeper"
 _MIB = 1 << 20
+_PAUSE_S = 0.05
+# poll(2) counts milliseconds in 31 bits, and Python raises OverflowError for more.
+_LONGEST_POLL_S = 86400.0
 
 
 @dataclass(frozen=True)
 class Server:
-    """One server; `pid` is its root's, None before it is up, and `processes` counts its whole tree.
+    """One server; `pid` is its root's, None before it is up and when it has exited.
 
-    `memory_mib` is the sum of what is resident of each process (shared pages count in each), `ports` are those on which
-    a process of the tree listens; None where they cannot be read.
+    `processes` counts its whole tree, `memory_mib` is the sum of what is resident of each (shared pages count in each),
+    `ports` are those on which a process of the tree listens; None where they cannot be read.
     """
 
     name: str
@@ -69,9 +72,9 @@ def _pids() -> list[int]:
 def _is_watchdog(stat: procfs.Stat) -> bool:
     if _log_of(stat) is None:
         return False
-    # A keeper that has just been forked looks as its watchdog does.
-    parent = procfs.stat(stat.parent)
-    return parent is None or _log_of(parent) is None
+    # A keeper that has just been forked looks as its watchdog does, and so does a root until it executes its program.
+    mine = _command_line(stat.pid)
+    return mine != _command_line(stat.parent)
 
 
 def _log_of(stat: procfs.Stat) -> Path | None:
@@ -81,11 +84,18 @@ def _log_of(stat: procfs.Stat) -> Path | None:
     try:
         if os.stat(f"/proc/{stat.pid}").st_uid != os.geteuid():
             return None
-        *_, program, config, _ = Path(f"/proc/{stat.pid}/cmdline").read_bytes().split(b"\0")
+        *_, program, config, _ = _command_line(stat.pid).split(b"\0")
         log = json.loads(config)["log"] if program.endswith(b"watchdog/boot.py") else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # it has ended, or it is something else with that name
     return Path(log) if isinstance(log, str) else None
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def _describe(stat: procfs.Stat) -> LiveWatchdog | None:
@@ -122,11 +132,11 @@ def _server(keeper: procfs.Stat, entries: list[Entry]) -> Server:
     who = (keeper.pid, keeper.start_time)
     entry = next((each for each in entries if each.keeper == who), None)
     tree = procfs.descendants(keeper.pid)
-    root = entry.root.pid if entry is not None and entry.root is not None else None
+    root = entry.root if entry is not None else None
     memory, ports = _resources(tree)
     return Server(
         name=entry.name if entry is not None else "",
-        pid=root,
+        pid=root.pid if root is not None and procfs.is_alive(*root) else None,
         age_s=_age_s(keeper),
         processes=len(tree),
         memory_mib=round(memory / _MIB, 1),
@@ -138,20 +148,23 @@ def _server(keeper: procfs.Stat, entries: list[Entry]) -> Server:
 def _resources(tree: list[int]) -> tuple[int, list[int] | None]:
     memory = 0
     ports: list[set[int] | None] = []
-    for process in map(_process, tree):
-        if process is not None:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                memory += process.memory_info().rss
-                ports.append(_ports(process))
+    for pid in tree:
+        found = procfs.stat(pid)
+        if found is None or found.state in "ZX":
+            continue  # of a zombie nothing can be read but by root, and it has nothing
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            ports.append(_ports(process))
+            memory += _memory(process)
     known = [each for each in ports if each is not None]
     return memory, sorted(set().union(*known)) if len(known) == len(ports) else None
 
 
-def _process(pid: int) -> psutil.Process | None:
+def _memory(process: psutil.Process) -> int:
     try:
-        return psutil.Process(pid)
-    except psutil.NoSuchProcess:
-        return None  # it has ended meanwhile
+        return int(process.memory_info().rss)
+    except (psutil.AccessDenied, OSError):
+        return 0
 
 
 def _ports(process: psutil.Process) -> set[int] | None:
@@ -159,7 +172,7 @@ def _ports(process: psutil.Process) -> set[int] | None:
     connections = getattr(process, "net_connections", None) or process.connections
     try:
         return {each.laddr.port for each in connections("inet") if each.status == psutil.CONN_LISTEN}
-    except psutil.AccessDenied:
+    except (psutil.AccessDenied, OSError):
         return None  # another user's: a set-user-ID program
 
 
@@ -207,11 +220,25 @@ def has_ended(descriptor: int, deadline: float) -> bool:
     """Wait for the end of a process, at most until the monotonic time `deadline`."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+    while True:
+        left_s = deadline - time.monotonic()
+        if poll.poll(min(max(0.0, left_s), _LONGEST_POLL_S) * 1000):
+            return True
+        if left_s <= 0:
+            return False
 
 
-def left_of(watchdog: LiveWatchdog) -> list[int]:
-    """Give the keepers of a watchdog that has ended: each has a server that SIGKILL does not end."""
+def left_of(watchdog: LiveWatchdog, deadline: float) -> list[int]:
+    """Give the keepers that a watchdog which has ended left: those of servers that SIGKILL does not end.
+
+    Where it was killed its keepers still stop their servers: they are waited for until the monotonic time `deadline`.
+    """
+    while (keepers := _keepers_of(watchdog)) and time.monotonic() < deadline:
+        time.sleep(_PAUSE_S)
+    return keepers
+
+
+def _keepers_of(watchdog: LiveWatchdog) -> list[int]:
     keepers = []
     prefix = f"{private.ENTRY_PREFIX}{watchdog.pid}-"
     with contextlib.suppress(OSError):

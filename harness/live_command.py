@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from harness import live
 from harness.errors import SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from harness.live import LiveWatchdog, Server
 
@@ -50,31 +51,37 @@ def age(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def stop(pids: Sequence[int], *, limit_s: float) -> tuple[list[dict[str, object]], bool]:
+def stop(pids: Sequence[int] | None, *, limit_s: float) -> tuple[list[dict[str, object]], bool]:
     """Have watchdogs stop their servers and end; give what came of each, and whether nothing is left.
 
-    All are told before one is waited for. Raises SpecError, before anything is told, if a pid is no watchdog's.
+    None stands for all. All are told before one is waited for. Raises SpecError, before anything is told, if one of the
+    given pids is no watchdog's.
     """
     known = {watchdog.pid: watchdog for watchdog in live.watchdogs()}
     held: dict[int, int] = {}
     try:
-        for pid in dict.fromkeys(pids):
-            held[pid] = live.hold(pid)
-        missing = [pid for pid in held if pid not in known]
-        if missing:
-            raise SpecError(f"{missing[0]} is no watchdog of this user (python -m harness ps shows them)")
+        for pid in dict.fromkeys(known if pids is None else pids):
+            with contextlib.suppress(*([SpecError] if pids is None else [])):  # it has ended meanwhile
+                held[pid] = _hold(pid, known)
         for descriptor in held.values():
             live.ask(descriptor)
         deadline = time.monotonic() + limit_s
-        rows = [_outcome(known[pid], live.has_ended(descriptor, deadline)) for pid, descriptor in held.items()]
+        rows = [_outcome(known[pid], descriptor, deadline) for pid, descriptor in held.items()]
     finally:
         for descriptor in held.values():
             os.close(descriptor)
     return rows, all(row["outcome"] == "ended" for row in rows)
 
 
-def _outcome(watchdog: LiveWatchdog, has_ended: bool) -> dict[str, object]:  # noqa: FBT001 - what is told of it
-    left = live.left_of(watchdog) if has_ended else []
+def _hold(pid: int, known: Mapping[int, LiveWatchdog]) -> int:
+    if pid not in known:
+        raise SpecError(f"{pid} is no watchdog of this user (python -m harness ps shows them)")
+    return live.hold(pid)
+
+
+def _outcome(watchdog: LiveWatchdog, descriptor: int, deadline: float) -> dict[str, object]:
+    has_ended = live.has_ended(descriptor, deadline)
+    left = live.left_of(watchdog, deadline) if has_ended else []
     outcome = "survivors" if left else "ended" if has_ended else "still stopping"
     return {"watchdog": watchdog.pid, "servers": len(watchdog.servers), "outcome": outcome, "keepers": left}
 

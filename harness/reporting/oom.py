@@ -21,8 +21,9 @@ def counters() -> dict[str, int]:
     /proc/vmstat that of the machine (Linux 4.13). What cannot be read is left out.
     """
     found: dict[str, int] = {}
-    for where, path in (("this cgroup", _of_cgroup()), ("this machine", Path("/proc/vmstat"))):
-        with contextlib.suppress(OSError, ValueError):
+    for where, find in (("this cgroup", _of_cgroup), ("this machine", lambda: Path("/proc/vmstat"))):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            path = find()
             lines = path.read_text(encoding="ascii").splitlines() if path is not None else []
             found.update((where, int(line.split()[1])) for line in lines if line.startswith("oom_kill "))
     return found

@@ -30,15 +30,15 @@ class Witness:
 
     def see(self, server: Server) -> None:
         """Take a server that has just been launched."""
-        self._there.append(server)
         self._kills[server] = oom.counters()
+        self._there.append(server)
 
     def begin_test(self) -> None:
         """Say that a test begins: what servers have written before is not its own, and who has ended is forgotten."""
         self.began = time.monotonic()
         self._is_lost = False
         self._there = [server for server in self._there if not server.has_ended]
-        self._kills = {server: self._kills[server] for server in self._there}
+        self._kills = {server: self._kills.get(server, {}) for server in self._there}
         self._evidence = {}
         self._sizes = {server: logs.size(server.log_path) for server in self._there}
 

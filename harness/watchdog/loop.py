@@ -215,15 +215,20 @@ class Loop:
 
     def _reap(self) -> None:
         others: list[int] = []
-        for pid, status in self._reaper.batch():
-            if pid in self._keepers:
-                self._keeper_ended(self._keepers.pop(pid))
-            elif pid in self._roots:
-                self._tell(events.RootExited(self._roots.pop(pid).key, os.waitstatus_to_exitcode(status)))
-                others.append(pid)
-            elif not self._brokering.reaped(pid):
-                others.append(pid)
-        self._orphans.reaped(others)
+        try:
+            for pid, status in self._reaper.batch():
+                self._reaped(pid, status, others)
+        finally:
+            self._orphans.reaped(others)
+
+    def _reaped(self, pid: int, status: int, others: list[int]) -> None:
+        if pid in self._keepers:
+            self._keeper_ended(self._keepers.pop(pid))
+        elif pid in self._roots:
+            others.append(pid)
+            self._tell(events.RootExited(self._roots.pop(pid).key, os.waitstatus_to_exitcode(status)))
+        elif not self._brokering.reaped(pid):
+            others.append(pid)
 
     def _keeper_ended(self, kept: Kept) -> None:
         self._read_keeper(kept)

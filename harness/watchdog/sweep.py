@@ -61,7 +61,7 @@ class Sweeper:
             alive += [stat.pid for stat in below if stat.state not in "ZX"]
             found += below
         is_new = not self._struck.issuperset(alive)
-        self._struck.update(alive)
+        self._struck.update(tops, alive)
         return Round(is_new, alive)
 
     def forget(self, pids: list[int]) -> None:

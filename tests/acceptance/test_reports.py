@@ -280,6 +280,14 @@ def test_the_kernels_counters_are_read() -> None:
     assert oom.counters()["this machine"] >= 0
 
 
+def test_what_cannot_be_read_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise FileNotFoundError(2, "No such file or directory", "/proc/self/cgroup")
+
+    monkeypatch.setattr(oom, "_of_cgroup", fails)
+    assert list(oom.counters()) == ["this machine"]
+
+
 def test_more_kills_are_evidence_and_none_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     now = {"this cgroup": 3, "this machine": 9}
     monkeypatch.setattr(oom, "counters", lambda: now)

@@ -192,9 +192,15 @@ def test_others_run_while_a_server_gets_ready(run: Run, watchdog: harness.Watchd
     run(use)
 
 
+def hold(watchdog: harness.Watchdog) -> None:
+    """Stop a watchdog whose program runs: until then each request wakes it, so that it sees its test process's end."""
+    watchdog.launch(["true"]).wait(READY_S)
+    os.kill(watchdog.pid or 0, signal.SIGSTOP)
+
+
 def test_others_run_while_a_server_is_launched(run: Run, watchdog: harness.Watchdog) -> None:
     async def use() -> None:
-        os.kill(watchdog.pid or 0, signal.SIGSTOP)
+        hold(watchdog)
         await beside(watchdog.launch_async(["true"]), partial(os.kill, watchdog.pid or 0, signal.SIGCONT))
 
     run(use)
@@ -259,7 +265,7 @@ def test_a_cancelled_launch_returns_when_its_server_is_gone(run: Run, watchdog: 
     """The watchdog is stopped: the order to launch waits there, and is carried out after the cancellation."""
 
     async def use() -> None:
-        os.kill(watchdog.pid or 0, signal.SIGSTOP)
+        hold(watchdog)
         async with anyio.create_task_group() as tasks:
             with anyio.CancelScope() as scope:
                 tasks.start_soon(take_turns, partial(cancel, tasks, scope))

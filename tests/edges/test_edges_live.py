@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 SERVERS = Path(__file__).parents[1] / "servers"
 READY_S = 30.0
+EVERY = live.watchdogs
 SLEEP = ["sleep", "600"]
 HUNG_TEST = """
 import time
@@ -49,8 +51,7 @@ def only_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[harne
     """Give a watchdog that may be ended, and let the command see no other: `stop --all` must not end its neighbours."""
     owner = harness.Watchdog(state_dir=tmp_path / "state").start()
     owner.launch(["true"]).wait(READY_S)  # one that is still starting has no name yet, by which it is found
-    every = live.watchdogs
-    monkeypatch.setattr(live, "watchdogs", lambda: [each for each in every() if each.pid == owner.pid])
+    monkeypatch.setattr(live, "watchdogs", lambda: [each for each in EVERY() if each.pid == owner.pid])
     yield owner
     with contextlib.suppress(harness.WatchdogDied):
         owner.close()
@@ -132,6 +133,26 @@ def test_a_watchdog_of_another_user_is_neither_shown_nor_stopped(
         live.hold(watchdog.pid or 0)
 
 
+def test_a_zombie_in_a_tree_hides_no_port(watchdog: harness.Watchdog) -> None:
+    program = str(SERVERS / "web.py")
+    code = f"import os, runpy; os.fork() or os._exit(0); runpy.run_path({program!r}, run_name='__main__')"
+    command = [sys.executable, "-I", "-S", "-c", code, "{port}", "200"]
+    server = watchdog.launch(command, ready=harness.port_open()).wait_ready(timeout_s=READY_S)
+    assert [state_of(pid) for pid in server.pids()][1:] == ["Z"]
+    (shown,) = of(watchdog).servers
+    assert (shown.processes, shown.ports) == (2, [server.port])
+
+
+def test_servers_that_are_being_launched_are_no_watchdogs(watchdog: harness.Watchdog) -> None:
+    pids = set()
+    with ThreadPoolExecutor(1) as launching:
+        done = launching.submit(lambda: [watchdog.launch(SLEEP) for _ in range(30)])
+        while not done.done():
+            pids |= {each.pid for each in live.watchdogs()}
+    servers = {pid for server in watchdog.servers for pid in (server.pid, processes.parent(server.pid))}
+    assert not pids & servers
+
+
 # ---- stop
 
 
@@ -164,6 +185,18 @@ def test_a_stop_that_takes_longer_is_told_and_goes_on(
     (row,) = json.loads(capsys.readouterr().out)
     assert row == {"watchdog": only_ours.pid, "servers": 1, "outcome": "still stopping", "keepers": []}
     processes.wait_gone([server.pid, only_ours.pid or 0], READY_S)
+
+
+def test_a_watchdog_that_ends_meanwhile_does_not_keep_all_from_being_stopped(
+    only_ours: harness.Watchdog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with harness.Watchdog(state_dir=tmp_path / "state") as other:
+        other.launch(["true"]).wait(READY_S)
+        (gone,) = [each for each in EVERY() if each.pid == other.pid]
+    ours = of(only_ours)
+    monkeypatch.setattr(live, "watchdogs", lambda: [gone, ours])
+    assert command_line.main(["stop", "--all", "--timeout", "4000000"]) == 0
+    assert not only_ours.is_alive
 
 
 def test_what_is_no_watchdog_is_refused_before_anything_is_told(

@@ -34,14 +34,14 @@ def stat(pid: int) -> Stat | None:
 
 def stat_fields(pid: int) -> list[bytes]:
     """Give the fields of /proc/PID/stat from the state on; none if there is no such process."""
-    text = _read(f"/proc/{pid}/stat")
+    text = read(f"/proc/{pid}/stat")
     # The command name is in parentheses, and may itself hold spaces and parentheses.
     return text[text.rindex(b")") + 2 :].split() if text else []
 
 
 def status(pid: int) -> dict[str, str]:
     """Give the lines of /proc/PID/status by their names; empty if there is no such process."""
-    lines = _read(f"/proc/{pid}/status").decode(errors="replace").splitlines()
+    lines = read(f"/proc/{pid}/status").decode(errors="replace").splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
@@ -83,13 +83,13 @@ def children(pid: int) -> list[int]:
     except OSError:
         return found
     for thread in threads:
-        found += map(int, _read(f"/proc/{pid}/task/{thread}/children").split())
+        found += map(int, read(f"/proc/{pid}/task/{thread}/children").split())
     return found
 
 
 def own_children() -> list[int]:
     """Give the children of the calling thread, which in a keeper is the whole process, by one read (Linux 3.17)."""
-    return [*map(int, _read("/proc/thread-self/children").split())]
+    return [*map(int, read("/proc/thread-self/children").split())]
 
 
 def descendants(pid: int) -> list[int]:
@@ -107,20 +107,21 @@ def descendants(pid: int) -> list[int]:
 
 def command_line(pid: int) -> str:
     """Give the command line as text, or "" if it has none (a zombie or a kernel thread)."""
-    return _read(f"/proc/{pid}/cmdline").rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
+    return read(f"/proc/{pid}/cmdline").rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
 
 
 def name(pid: int) -> str:
     """Give the name that `ps -o comm` shows, "" for nobody."""
-    return _read(f"/proc/{pid}/comm").decode(errors="replace").rstrip("\n")
+    return read(f"/proc/{pid}/comm").decode(errors="replace").rstrip("\n")
 
 
 def wait_channel(pid: int) -> str:
     """Give the kernel function in which the process sleeps, or "" if it is not known."""
-    return _read(f"/proc/{pid}/wchan").decode(errors="replace").strip("0")
+    return read(f"/proc/{pid}/wchan").decode(errors="replace").strip("0")
 
 
-def _read(path: str) -> bytes:
+def read(path: str) -> bytes:
+    """Read a file of the kernel's; empty if that cannot be done. What interrupts it leaves no file object behind."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+from harness import procfs
+
 _CGROUPS = Path("/sys/fs/cgroup")
 # PROC_PID_INIT_INO (include/linux/proc_ns.h): elsewhere the kernel log speaks of other pids than we do.
 _FIRST_NAMESPACE = "pid:[4026531836]"
@@ -24,13 +26,13 @@ def counters() -> dict[str, int]:
     for where, find in (("this cgroup", _of_cgroup), ("this machine", lambda: Path("/proc/vmstat"))):
         with contextlib.suppress(OSError, ValueError, IndexError):
             path = find()
-            lines = path.read_text(encoding="ascii").splitlines() if path is not None else []
+            lines = procfs.read(str(path)).decode().splitlines() if path is not None else []
             found.update((where, int(line.split()[1])) for line in lines if line.startswith("oom_kill "))
     return found
 
 
 def _of_cgroup() -> Path | None:
-    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+    for line in os.fsdecode(procfs.read("/proc/self/cgroup")).splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0":
             candidates = [_CGROUPS / path.lstrip("/") / "memory.events", _CGROUPS / "memory.events"]

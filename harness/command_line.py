@@ -6,10 +6,9 @@ Exit codes: 0 fine, 1 something was found, 2 wrong usage (argparse).
 from __future__ import annotations
 
 import argparse
+import io
 import json
-import os
 import sys
-import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -30,6 +29,8 @@ _STOP_LIMIT_S = 60.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out a command, print what it found, and give the exit code."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may hold what a terminal's encoding does not
     try:
         found: int = options.command(options)
     except HarnessError as error:
@@ -188,16 +189,12 @@ def _rows(found: Remains) -> list[dict[str, object]]:
             "server": found.entries[path].name,
             "pid": stat.pid,
             "name": procfs.name(stat.pid),
-            "age_s": round(_age_s(stat), 1),
+            "age_s": round(procfs.age_s(stat), 1),
             "outcome": "found",
         }
         for path, stats in found.processes.items()
         for stat in sorted(stats, key=lambda stat: stat.pid)
     ]
-
-
-def _age_s(stat: procfs.Stat) -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - stat.start_time / os.sysconf("SC_CLK_TCK")
 
 
 def _table(rows: list[dict[str, object]], found: Remains) -> str:

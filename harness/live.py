@@ -102,13 +102,13 @@ def _describe(stat: procfs.Stat) -> LiveWatchdog | None:
     log = _log_of(stat)
     if log is None:
         return None
-    entries = _entries(log.parent, stat)
+    entries = _entries(log.parent, stat.pid)
     keepers = [found for pid in procfs.children(stat.pid) if (found := procfs.stat(pid)) is not None]
     servers = [_server(keeper, entries) for keeper in keepers if procfs.name(keeper.pid) in {_KEEPER, _WATCHDOG}]
     pid = log.parent.name.partition("-")[0]
     return LiveWatchdog(
         pid=stat.pid,
-        age_s=_age_s(stat),
+        age_s=round(procfs.age_s(stat), 1),
         test_process=int(pid) if pid.isdigit() else 0,
         run=str(log.parent),
         test=running_test(log.parent),
@@ -117,9 +117,9 @@ def _describe(stat: procfs.Stat) -> LiveWatchdog | None:
     )
 
 
-def _entries(run: Path, watchdog: procfs.Stat) -> list[Entry]:
+def _entries(run: Path, watchdog: int) -> list[Entry]:
     found: list[Entry] = []
-    prefix = f"{private.ENTRY_PREFIX}{watchdog.pid}-{watchdog.start_time}-"
+    prefix = f"{private.ENTRY_PREFIX}{watchdog}-"
     with contextlib.suppress(OSError):
         for name in sorted(os.listdir(run)):
             if name.startswith(prefix) and name.endswith(private.ENTRY_SUFFIX):
@@ -137,7 +137,7 @@ def _server(keeper: procfs.Stat, entries: list[Entry]) -> Server:
     return Server(
         name=entry.name if entry is not None else "",
         pid=root.pid if root is not None and procfs.is_alive(*root) else None,
-        age_s=_age_s(keeper),
+        age_s=round(procfs.age_s(keeper), 1),
         processes=len(tree),
         memory_mib=round(memory / _MIB, 1),
         ports=ports,
@@ -174,11 +174,6 @@ def _ports(process: psutil.Process) -> set[int] | None:
         return {each.laddr.port for each in connections("inet") if each.status == psutil.CONN_LISTEN}
     except (psutil.AccessDenied, OSError):
         return None  # another user's: a set-user-ID program
-
-
-def _age_s(stat: procfs.Stat) -> float:
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - stat.start_time / os.sysconf("SC_CLK_TCK")
-    return round(age, 1)
 
 
 def running_test(run: Path) -> str:
@@ -239,12 +234,5 @@ def left_of(watchdog: LiveWatchdog, deadline: float) -> list[int]:
 
 
 def _keepers_of(watchdog: LiveWatchdog) -> list[int]:
-    keepers = []
-    prefix = f"{private.ENTRY_PREFIX}{watchdog.pid}-"
-    with contextlib.suppress(OSError):
-        for name in sorted(os.listdir(watchdog.run)):
-            with contextlib.suppress(Unreadable):
-                entry = read(Path(watchdog.run) / name) if name.startswith(prefix) else None
-                if entry is not None and entry.keeper is not None and procfs.is_alive(*entry.keeper):
-                    keepers.append(entry.keeper.pid)
-    return keepers
+    keepers = [entry.keeper for entry in _entries(Path(watchdog.run), watchdog.pid) if entry.keeper is not None]
+    return [keeper.pid for keeper in keepers if procfs.is_alive(*keeper)]

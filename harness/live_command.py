@@ -59,9 +59,10 @@ def stop(pids: Sequence[int] | None, *, limit_s: float) -> tuple[list[dict[str, 
     """
     known = {watchdog.pid: watchdog for watchdog in live.watchdogs()}
     held: dict[int, int] = {}
+    expected = (SpecError,) if pids is None else ()  # one of all may have ended meanwhile
     try:
         for pid in dict.fromkeys(known if pids is None else pids):
-            with contextlib.suppress(*([SpecError] if pids is None else [])):  # it has ended meanwhile
+            with contextlib.suppress(*expected):
                 held[pid] = _hold(pid, known)
         for descriptor in held.values():
             live.ask(descriptor)

@@ -7,6 +7,7 @@ A pid is a promise of nothing: a process is known by (pid, start time), where th
 from __future__ import annotations
 
 import os
+import time
 
 from harness.records import Record
 
@@ -43,6 +44,11 @@ def status(pid: int) -> dict[str, str]:
     """Give the lines of /proc/PID/status by their names; empty if there is no such process."""
     lines = read(f"/proc/{pid}/status").decode(errors="replace").splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def age_s(found: Stat) -> float:
+    """Give for how many seconds a process has been there, to a clock tick (0.01 s)."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - found.start_time / os.sysconf("SC_CLK_TCK")
 
 
 def has_executed(pid: int) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 import warnings
 from typing import TYPE_CHECKING
@@ -35,6 +36,7 @@ class RunReport:
     def __init__(self) -> None:
         """Begin before the first test."""
         self._process = os.getpid()
+        self._lock = threading.Lock()
         self._witness: Witness | None = None
         self._began = time.monotonic()
         self._shown: set[Server] = set()
@@ -46,13 +48,16 @@ class RunReport:
         journal.unlisten(self._see)
 
     def _see(self, server: object) -> None:
-        if self._witness is None:
-            from harness.reporting.witness import Witness  # noqa: PLC0415 - most runs launch nothing
-
-            self._witness = Witness()
-            self._witness.began = self._began
         with contextlib.suppress(Exception):  # no launch fails for the sake of a report
-            self._witness.see(server)  # type: ignore[arg-type]  # the journal knows no servers
+            self._made_witness().see(server)  # type: ignore[arg-type]  # the journal knows no servers
+
+    def _made_witness(self) -> Witness:
+        from harness.reporting.witness import Witness  # noqa: PLC0415 - most runs launch nothing
+
+        with self._lock:  # threads may launch the first ones at the same time
+            if self._witness is None:
+                self._witness = Witness(self._began)
+            return self._witness
 
     def begin(self, test: str) -> None:
         """Say that a test begins: what is launched from now on is its own."""

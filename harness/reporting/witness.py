@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 class Witness:
     """Sees every server of this process, of whichever watchdog, from its launch on."""
 
-    def __init__(self) -> None:
-        """Begin in the midst of a test, or before the first."""
+    def __init__(self, began: float) -> None:
+        """Begin in the midst of a test, which began at the monotonic time `began`."""
         self._there: list[Server] = []
         self._kills: dict[Server, dict[str, int]] = {}
         self._evidence: dict[Server, str] = {}
         self._sizes: dict[Server, int] = {}
         self._is_lost = False
-        self.began = time.monotonic()
+        self.began = began
 
     def see(self, server: Server) -> None:
         """Take a server that has just been launched."""
@@ -37,10 +37,12 @@ class Witness:
         """Say that a test begins: what servers have written before is not its own, and who has ended is forgotten."""
         self.began = time.monotonic()
         self._is_lost = False
-        self._there = [server for server in self._there if not server.has_ended]
-        self._kills = {server: self._kills.get(server, {}) for server in self._there}
+        # In place: another thread may be launching.
+        for server in [server for server in self._there if server.has_ended]:
+            self._there.remove(server)
+            self._kills.pop(server, None)
         self._evidence = {}
-        self._sizes = {server: logs.size(server.log_path) for server in self._there}
+        self._sizes = {server: logs.size(server.log_path) for server in list(self._there)}
 
     def status(self, server: Server) -> ServerStatus | None:
         """Give a server's state; None if its watchdog does not tell: one that hangs is asked once in a test."""

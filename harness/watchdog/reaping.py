@@ -26,7 +26,7 @@ class Reaper:
     def batch(self) -> Iterator[tuple[int, int]]:
         """Reap children that have ended, but no more than 1,000 of them; give each, as waitpid(2) does, at once.
 
-        Whoever takes them deals with each before the next: until then its number is not given to another child.
+        Until the next is taken no new child can have this one's number: what a number stands for is looked up by then.
         """
         self.has_more = True
         self.has_no_child = False

@@ -1,4 +1,7 @@
-"""What the report of a failing test says of its servers."""
+"""What the report of a failing test says of its servers.
+
+The long sleeps are servers that do nothing; of the short ones each says what it is for.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +42,14 @@ while True:
             os.kill(os.getpid(), 9)
         print(line)
     said = len(lines)
-    time.sleep(0.01)
+    time.sleep(0.01)  # the file is written by the test: there is nothing else to wait for
 """
 SHARED = """
 def order(server, word, wait=True):
     with open("orders", "a") as file:
         file.write(word + "\\n")
     while wait and word not in server.log_tail(100):
-        time.sleep(0.01)
+        time.sleep(0.01)  # the log is written by the server
 
 @pytest.fixture(scope="session")
 def shared(watchdog):
@@ -113,6 +116,7 @@ def test_a_start_that_fails_says_what_was_awaited_and_what_was_seen(pytester: py
 
     @pytest.fixture
     def fails(watchdog):
+        # It lives long enough that the time it was up is no 0.00 s.
         code = "import time; print('no such model'); time.sleep(0.3); raise SystemExit(4)"
         return watchdog.launch(command(code), ready=harness.port_open(), name="exits").wait_ready(timeout_s=30)
 
@@ -244,33 +248,35 @@ def test_a_watchdog_that_is_stopped_holds_up_a_report_once(pytester: pytest.Pyte
     suite = """
     from harness import link
 
+    asked = []
+
     def test_it(server_group, monkeypatch):
         for number in range(3):
             server_group.launch(["sleep", "600"], name=f"own{number}")
         monkeypatch.setattr(link, "ANSWER_S", 1.0)
+        request = link.Link.request
+        monkeypatch.setattr(link.Link, "request", lambda *args, **more: asked.append(args) or request(*args, **more))
         os.kill(server_group.servers[0]._link.pid, signal.SIGSTOP)
         with open("pid", "w") as file:
             file.write(str(server_group.servers[0]._link.pid))
         assert False
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_teardown():
-        pass
     """.replace("\n    ", "\n")
     pytester.makeconftest(
         """
-        import os, pathlib, signal, pytest
+        import os, pathlib, signal, sys, pytest
         @pytest.hookimpl(wrapper=True)
         def pytest_runtest_makereport(item, call):
             report = yield
             if call.when == "call":
                 os.kill(int(pathlib.Path("pid").read_text()), signal.SIGCONT)
+                pathlib.Path("asked").write_text(str(len(sys.modules["test_it"].asked)))
             return report
         """
     )
     result, found = run(pytester, suite)
     result.assert_outcomes(failed=1)
     assert list(found) == [f"harness: server 'own{number}': its watchdog does not answer" for number in range(3)]
+    assert (pytester.path / "asked").read_text(encoding="ascii") == "1"
 
 
 # ---- the out-of-memory killer

@@ -1,4 +1,7 @@
-"""`python -m harness ps` and `stop`, on real watchdogs: also where nobody answers."""
+"""`python -m harness ps` and `stop`, on real watchdogs: also where nobody answers.
+
+The sleeps are servers and tests that do nothing but be there.
+"""
 
 from __future__ import annotations
 
@@ -110,6 +113,14 @@ def test_json_is_for_programs(watchdog: harness.Watchdog) -> None:
     shown = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
     (found,) = [each for each in shown if each["pid"] == watchdog.pid]
     assert [(each["name"], each["pid"]) for each in found["servers"]] == [("one", server.pid)]
+
+
+def test_a_name_that_the_encoding_does_not_hold_is_shown(watchdog: harness.Watchdog) -> None:
+    watchdog.launch(SLEEP, name="caf\N{LATIN SMALL LETTER E WITH ACUTE}")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "harness", "ps"]
+    shown = subprocess.run(command, env=environment, capture_output=True, check=True, timeout=60).stdout
+    assert b"  caf\\xe9\n" in shown
 
 
 def test_a_server_whose_entry_cannot_be_read_is_shown_without_its_name(watchdog: harness.Watchdog) -> None:

@@ -13,8 +13,12 @@ import select
 import socket
 import threading
 import time
+from typing import TYPE_CHECKING
 
 from harness import asynchronous, frames
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _PEEK_BYTES = 1 << 18
 _SLICE_S = 1.0
@@ -57,8 +61,13 @@ class Channel:
         """Give the id of a message that is to be sent."""
         return next(self._ids)
 
-    def request(self, message_id: int, message: bytes, timeout_s: float) -> bytes:
-        """Send a request and wait for its reply; raises ChannelClosed, NoReply, or FrameError if it is too large."""
+    def request(
+        self, message_id: int, message: bytes, timeout_s: float, meanwhile: Callable[[], None] | None = None
+    ) -> bytes:
+        """Send a request and wait for its reply; raises ChannelClosed, NoReply, or FrameError if it is too large.
+
+        `meanwhile` is called about once in a second while it waits.
+        """
         __tracebackhide__ = True  # the message holds the environment, which a traceback must not show
         deadline = time.monotonic() + timeout_s
         parts = frames.split(message_id, message)
@@ -66,7 +75,7 @@ class Channel:
             self._awaited.add(message_id)
             for frame in parts:
                 self._send(frame, deadline)
-            return self._reply(message_id, deadline)
+            return self._reply(message_id, deadline, meanwhile)
         except (OSError, ValueError):
             raise ChannelClosed from None  # ValueError: closed by another thread, or by a signal handler
         finally:
@@ -87,7 +96,7 @@ class Channel:
                 if not self._await(select.POLLOUT, deadline):
                     raise NoReply from None
 
-    def _reply(self, message_id: int, deadline: float) -> bytes:
+    def _reply(self, message_id: int, deadline: float, meanwhile: Callable[[], None] | None) -> bytes:
         __tracebackhide__ = True
         me = threading.get_ident()
         while True:
@@ -107,6 +116,8 @@ class Channel:
                 asynchronous.check()
                 if time.monotonic() >= deadline:
                     raise NoReply
+                if meanwhile is not None:
+                    meanwhile()
 
     def _read_for_all(self, deadline: float) -> None:
         __tracebackhide__ = True

@@ -9,18 +9,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import asynchronous, journal, leasing, logs, messages, platform, private, procfs, specs, state_dir
+from harness import (
+    asynchronous,
+    journal,
+    leasing,
+    logs,
+    messages,
+    platform,
+    private,
+    procfs,
+    specs,
+    state_dir,
+    stopping,
+)
 from harness.errors import GpuUnavailable, HarnessError, LaunchFailed, SpecError, WatchdogDied
 from harness.forking import WatchdogProcess
 from harness.group import ServerGroup
 from harness.launching import Launcher
 from harness.leasing import GpuLease
 from harness.link import Link
-from harness.outcomes import StopReport, outcome_of
+from harness.outcomes import StopReport
 from harness.server import Server
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from harness.specs import StrPath
@@ -155,7 +167,8 @@ class Watchdog(Launcher):
     ) -> Server:
         __tracebackhide__ = True
         name = spec.name or ""
-        log_path = self._new_log(name)
+        spec = replace(spec, owner=self._owner_of(spec))
+        log_path = self._new_log(name, spec.owner)
         request = messages.Launch(
             name=name,
             command=spec.command,
@@ -191,10 +204,10 @@ class Watchdog(Launcher):
         try:
             devices = tuple(request.devices) if isinstance(request, messages.Launch) else ()
             server = Server(link, link.launch(key, request), spec, log_path=log_path, devices=devices)
-            server.owner = self.owner or journal.owner()
+            server.owner = self._owner_of(spec)
             with self._lock:
                 self._servers.append(server)
-            journal.launched(server)
+            server.note("launched", **_facts_of(server, spec))
             if register is not None:
                 register(server)
         except WatchdogDied:
@@ -208,12 +221,14 @@ class Watchdog(Launcher):
         else:
             return server
 
-    def _new_log(self, name: str) -> Path:
+    def _owner_of(self, spec: specs.ServerSpec) -> journal.Owner | None:
+        return spec.owner or self.owner or journal.owner()
+
+    def _new_log(self, name: str, owner: journal.Owner | None) -> Path:
         try:
             if self._given_log_dir is None:
                 os.close(private.open_run(str(self._log_dir), make=True))
-            launcher = self.owner or journal.owner()
-            return logs.new_path(self._log_dir, name, launcher.name if launcher is not None else "")
+            return logs.new_path(self._log_dir, name, owner.name if owner is not None else "")
         except OSError as error:
             raise SpecError(f"cannot make the log directory {self._log_dir}: {error.strerror}") from None
 
@@ -267,11 +282,7 @@ class Watchdog(Launcher):
         pending = [server for server in chosen if not server.has_ended]
         seconds = 0.0
         if pending:
-            longest_s = (limit or max(server.grace_s for server in pending)) + link.memory_s
-            request = messages.Stop([server.key for server in pending], limit, kill=False)
-            stopped = link.request(request, messages.Stopped, timeout_s=longest_s)
-            _record(pending, stopped)
-            seconds = stopped.seconds
+            seconds = stopping.stop(link, pending, limit).seconds
         return StopReport(tuple(server.outcome for server in chosen if server.outcome is not None), seconds)
 
     stop_async = asynchronous.form_of(stop)
@@ -286,7 +297,7 @@ class Watchdog(Launcher):
         self._link.close()
         seconds = 0.0
         if self._link.report is not None:
-            _record(self.servers, self._link.report)
+            stopping.record(self.servers, self._link.report)
             seconds = self._link.report.seconds
         return StopReport(tuple(s.outcome for s in self.servers if s.outcome is not None), seconds)
 
@@ -313,8 +324,15 @@ class Watchdog(Launcher):
     __aexit__ = asynchronous.uncancellable(__exit__)
 
 
-def _record(servers: Sequence[Server], stopped: messages.Stopped) -> None:
-    by_key = {outcome.key: outcome for outcome in stopped.outcomes}
-    for server in servers:
-        if server.key in by_key:
-            server.record(outcome_of(by_key[server.key]))
+def _facts_of(server: Server, spec: specs.ServerSpec) -> dict[str, object]:
+    owner = server.owner or journal.Owner("", "")
+    return {
+        "server_pid": server.pid,
+        # Not the arguments: some are tokens.
+        "program": Path(spec.command[0]).name if spec.command else "",
+        "ports": server.ports_by_name,
+        "gpus": list(server.gpus),
+        "log": str(server.log_path),
+        "owner": owner.name,
+        "scope": owner.scope,
+    }

@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_live(commands)
     _add_checks(commands)
+    _add_report(commands)
     return parser
 
 
@@ -115,6 +116,18 @@ def _add_checks(commands: _Commands) -> None:
         command.add_argument(
             "--state-dir", metavar="DIR", type=_not_empty, help="default: as for a run (see the README, State)"
         )
+
+
+def _add_report(commands: _Commands) -> None:
+    report = commands.add_parser(
+        "report",
+        help="sum up a file that --harness-report has written",
+        description="Sum up the events in a file that pytest --harness-report=FILE has written, also of a run that was"
+        " killed. Exit code 1: something leaked, died, or was not seen to end.",
+    )
+    report.add_argument("file", metavar="FILE", type=_not_empty, help="- is the standard input")
+    report.add_argument("--json", action="store_true", help="print JSON")
+    report.set_defaults(command=_report)
 
 
 def _not_empty(text: str) -> str:
@@ -226,6 +239,17 @@ def _gpus(options: argparse.Namespace) -> int:
     else:
         _print("\n".join(map(doctor.plain, gpus_command.lines(found))))
     return 0 if found.is_fine else 1
+
+
+def _report(options: argparse.Namespace) -> int:
+    from harness import report_command  # noqa: PLC0415 - no other command needs it
+
+    found = report_command.read(options.file)
+    if options.json:
+        _print(json.dumps(found.as_event(), indent=2))
+    else:
+        _print("\n".join(map(doctor.plain, found.lines())))
+    return 0 if found.is_well else 1
 
 
 def _print(text: str) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from harness import session
+from harness import run_report, session
 from harness.errors import GpuUnavailable, SpecError
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ def watchdog(request: pytest.FixtureRequest) -> Iterator[Watchdog]:
     """
     owner = session.watchdog_of(request.config)
     yield owner
+    report = run_report.of(request.config)
+    if report is not None:
+        report.look_at_test()  # before this stops what the last test has left
     # The plugin has reported those that tests have stopped, each with its test.
     is_reported = session.reports_leaks(request.config)
     owner.stop([server for server in owner.servers if not (is_reported and server.has_ended)]).raise_if_leaked()

@@ -69,7 +69,7 @@ class ServerGroup(Launcher):
         __tracebackhide__ = True  # as in `launch`
         name = self._reserve(spec.name)
         try:
-            return self._launch(replace(spec, name=name))
+            return self._launch(replace(spec, name=name, owner=self._group_owner))
         except BaseException:
             with self._lock:
                 self._named.pop(name)
@@ -116,7 +116,6 @@ class ServerGroup(Launcher):
     def _add(self, server: Server) -> None:
         with self._lock:
             self._servers.append(server)
-            server.owner = self._group_owner
             self._named[server.name] = server
             is_late = self._has_been_left
         if is_late:

@@ -1,15 +1,32 @@
-"""Who launches what in this test process, for those who report of it.
+"""What happens to servers, as this test process sees it, for those who report of it.
 
-It knows who owns what is launched just now: a test, or a fixture that is being set up. Without a listener a launch
-costs a look at an empty list. A listener must not raise: nobody's launch fails for the sake of a report.
+It also knows who owns what is launched just now: a test, or a fixture that is being set up. Without a listener a note
+costs a look at an empty list. A listener must not raise: nobody's launch or stop fails for the sake of a report.
 """
 
 from __future__ import annotations
 
+import itertools
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+# How often a long wait says that it goes on, in seconds; some can be asked for a word only about once in a second.
+_WORD_S = 0.9
+
+
+class Event(NamedTuple):
+    """Something that happened at a moment of `time.monotonic()`. `facts` can be written as JSON.
+
+    `subject` is the server or the lease that it is about, if it is about one.
+    """
+
+    kind: str
+    monotonic_s: float
+    facts: dict[str, object]
+    subject: object
 
 
 class Owner(NamedTuple):
@@ -19,24 +36,62 @@ class Owner(NamedTuple):
     scope: str
 
 
-_listeners: list[Callable[[object], None]] = []
+_listeners: list[Callable[[Event], None]] = []
 _owners: list[Owner] = []
 
 
-def listen(listener: Callable[[object], None]) -> None:
-    """Give this function every server from now on, when it has been launched."""
+def listen(listener: Callable[[Event], None]) -> None:
+    """Tell this function of every event from now on, in the thread in which it happens."""
     _listeners.append(listener)
 
 
-def unlisten(listener: Callable[[object], None]) -> None:
-    """Give it no more."""
+def unlisten(listener: Callable[[Event], None]) -> None:
+    """Tell it of no more."""
     _listeners.remove(listener)
 
 
-def launched(server: object) -> None:
-    """Say that a server has been launched."""
-    for listener in _listeners:
-        listener(server)
+def note(kind: str, subject: object = None, **facts: object) -> None:
+    """Say that something has happened just now."""
+    if _listeners:
+        event = Event(kind, time.monotonic(), facts, subject)
+        for listener in (*_listeners,):  # one may leave in the meantime
+            listener(event)
+
+
+class Wait:
+    """A wait that may take long: it says about once in a second that it goes on, and in the end that it is over."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, what: str, names: list[str], limit_s: float) -> None:
+        """Begin to wait: `what` is "ready", "stop" or "gpus", for the servers of these names, at most `limit_s`."""
+        self._fixed: dict[str, object] = {"wait": next(self._numbers), "what": what, "limit_s": limit_s}
+        self._names = names
+        self._began = time.monotonic()
+        self._next = self._began + _WORD_S
+        self._has_spoken = False
+
+    @property
+    def seconds(self) -> float:
+        """Give how long it has been."""
+        return time.monotonic() - self._began
+
+    @property
+    def is_due(self) -> bool:
+        """Say whether it is time for a word."""
+        return time.monotonic() >= self._next
+
+    def say(self, awaited: str, log: object = "", names: list[str] | None = None) -> None:
+        """Say what is awaited, and where to read on: the server's log."""
+        self._next = time.monotonic() + _WORD_S
+        self._has_spoken = True
+        facts = {"servers": names or self._names, "seconds": round(self.seconds, 3), "awaited": awaited}
+        note("waiting", **self._fixed, **facts, log=str(log))
+
+    def end(self) -> None:
+        """Say that it is over, if it has said anything."""
+        if self._has_spoken:
+            note("waited", **self._fixed)
 
 
 def enter(owner: Owner) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import asynchronous
+from harness import asynchronous, journal
 from harness.errors import GpuUnavailable, HarnessError, SpecError
 from harness.lease_messages import EndLease, Lease, LeaseStatus, WaitLease
 from harness.messages import Done
@@ -33,6 +33,8 @@ DEFAULT_RELEASE_S = 60.0
 # How often a long wait says what it waits for; the first time sooner.
 _FIRST_WORD_S = 2.0
 _NEXT_WORD_S = 20.0
+# The longest wait in one request: a line on a terminal moves each second.
+_WAIT_S = 1.0
 _LIBRARIES = ("pynvml", "filelock")
 _log = logging.getLogger("harness")
 
@@ -63,9 +65,12 @@ class GpuLease:
         """Take what `take` needs; `devices` are UUIDs, none before it has returned."""
         self._link = link
         self._terms = terms
-        self._name = name
+        self.name = name
         self.number = link.new_key()
         self.devices: tuple[str, ...] = ()
+        # For the plugin: who must give it back, and whether a launch or somebody has.
+        self.owner: journal.Owner | None = None
+        self.is_given_back = False
 
     def take(self, wish: GpuWish, *, is_for_one: bool = False) -> GpuLease:
         """Wait for the devices, in arrival order; raises GpuUnavailable if there will be none.
@@ -73,12 +78,18 @@ class GpuLease:
         A lease that `is_for_one` server is given back by its launch.
         """
         self._link.memory_s = max(self._link.memory_s, self._terms.release_s)
-        self._link.lease(self.number, _request(wish, self._terms, self._name, is_for_one=is_for_one))
-        self.devices = _wait(self._link, self.number, self._name)
+        self._link.lease(self.number, _request(wish, self._terms, self.name, is_for_one=is_for_one))
+        began = time.monotonic()
+        self.owner = self.owner or journal.owner()
+        self.devices = _wait(self._link, self.number, self.name, self._terms.wait_s)
+        self.is_given_back = is_for_one
+        seconds = round(time.monotonic() - began, 6)
+        journal.note("leased", self, name=self.name, devices=list(self.devices), seconds=seconds)
         return self
 
     def end(self) -> None:
         """Launch nothing more on it, and wait for it no longer: what it has is given back once its memory is back."""
+        self.is_given_back = True
         with contextlib.suppress(HarnessError):  # the watchdog has died or was closed, or nothing was asked for
             self._link.request(EndLease(self.number), Done)
 
@@ -114,19 +125,28 @@ def _paths() -> list[str]:
     return list(dict.fromkeys(map(str, folders)))
 
 
-def _wait(link: Link, number: int, name: str) -> tuple[str, ...]:
-    began = time.monotonic()
-    patience_s = _FIRST_WORD_S
+def _wait(link: Link, number: int, name: str, limit_s: float) -> tuple[str, ...]:
+    wait = journal.Wait("gpus", [name], limit_s)
+    try:
+        return _granted(link, number, name, wait)
+    finally:
+        wait.end()
+
+
+def _granted(link: Link, number: int, name: str, wait: journal.Wait) -> tuple[str, ...]:
+    next_word_s = _FIRST_WORD_S
     while True:
-        status = link.request(WaitLease(number, patience_s), LeaseStatus, timeout_s=patience_s)
+        status = link.request(WaitLease(number, _WAIT_S), LeaseStatus, timeout_s=_WAIT_S)
         if status.state == "granted":
             return tuple(status.devices)
         if status.state != "waiting":
             error = GpuUnavailable(f"{name!r}: {status.text}", server=name)
             error.is_absent = status.state == "absent"
             raise error
-        patience_s = _NEXT_WORD_S
-        _log.warning("%r has waited %.0f s for its GPUs: %s", name, time.monotonic() - began, status.text)
+        wait.say(status.text)
+        if wait.seconds >= next_word_s:
+            next_word_s = wait.seconds + _NEXT_WORD_S
+            _log.warning("%r has waited %.0f s for its GPUs: %s", name, wait.seconds, status.text)
 
 
 class Share:

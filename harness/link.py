@@ -17,6 +17,8 @@ from harness.errors import HarnessError, SpecError, WatchdogDied
 from harness.frames import FrameError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from harness.forking import WatchdogProcess
     from harness.lease_messages import Lease
 
@@ -58,11 +60,21 @@ class Link:
         """Say whether the watchdog runs, and belongs to this process."""
         return not self.is_closed and self._process.owner == os.getpid() and not self._process.has_ended()
 
-    def request(self, request: messages.Request, reply: type[_Reply], *, timeout_s: float = 0.0) -> _Reply:
-        """Send a request; `timeout_s` is how long it may take by its nature. Raises what the watchdog replies."""
+    def request(
+        self,
+        request: messages.Request,
+        reply: type[_Reply],
+        *,
+        timeout_s: float = 0.0,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> _Reply:
+        """Send a request; `timeout_s` is how long it may take by its nature. Raises what the watchdog replies.
+
+        `meanwhile` is called about once in a second until the reply is there.
+        """
         __tracebackhide__ = True
         self._check_usable()
-        return self._exchange(self._channel.new_id(), request, reply, timeout_s)
+        return self._exchange(self._channel.new_id(), request, reply, timeout_s, meanwhile)
 
     def new_key(self) -> int:
         """Give the key of a server that is to be launched."""
@@ -92,10 +104,18 @@ class Link:
         if keeper is not None:
             self._keepers[pid] = keeper.start_time
 
-    def _exchange(self, key: int, request: messages.Request, reply: type[_Reply], timeout_s: float) -> _Reply:
+    def _exchange(
+        self,
+        key: int,
+        request: messages.Request,
+        reply: type[_Reply],
+        timeout_s: float,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> _Reply:
         __tracebackhide__ = True  # the request holds the environment, which a traceback must not show
         try:
-            answer = messages.decode(self._channel.request(key, messages.encode(request), timeout_s + ANSWER_S))
+            limit_s = timeout_s + ANSWER_S
+            answer = messages.decode(self._channel.request(key, messages.encode(request), limit_s, meanwhile))
         except FrameError as error:
             raise SpecError(f"the command and the environment are too large: {error}") from None
         except ChannelClosed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -96,6 +97,18 @@ def are_all_of(pids: list[int], port: int) -> bool:
         if not wanted:
             return True
     return False
+
+
+def holders(port: int) -> list[int]:
+    """Give the processes that are known to listen on a port: of those of other users it is not."""
+    wanted = inodes(port)
+    found = []
+    pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()] if wanted else []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if wanted & _inodes_of(pid):
+                found.append(pid)
+    return found
 
 
 def _inodes_of(pid: int) -> set[str]:

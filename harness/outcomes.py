@@ -174,6 +174,21 @@ def outcome_of(wire: messages.Outcome) -> ServerOutcome:
     return ServerOutcome(wire.name, wire.pid, *end, tuple(map(_release_of, wire.gpu)), wire.exited_at)
 
 
+def outcome_facts(outcome: ServerOutcome) -> dict[str, object]:
+    """Give what a report says of an outcome, as JSON can hold it."""
+    return {
+        "how": outcome.how,
+        "returncode": outcome.returncode,
+        "seconds": round(outcome.seconds, 6),
+        "reason": outcome.reason,
+        "survivors": [survivor.pid for survivor in outcome.survivors],
+        "gpu": [
+            {"uuid": device.uuid, "verdict": device.verdict, "seconds": round(device.waited_s, 6)}
+            for device in outcome.gpu
+        ],
+    }
+
+
 def _release_of(wire: lease_messages.DeviceRelease) -> DeviceRelease:
     own = tuple(GpuProcess(*process) for process in wire.own)
     foreign = tuple(GpuProcess(*process) for process in wire.foreign)

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness import run_report, session
+from harness import run_events, run_report, session
 from harness.errors import GpuNotReleased, Leaked
 from harness.fixtures import server_group, watchdog
 from harness.session import end_test
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from pluggy import Result
 
 __all__ = ["server_group", "watchdog"]
 
+_FORCED = pytest.StashKey[BaseException]()
 _LEFT_BEHIND = "harness: what servers left behind"
 
 
@@ -38,6 +39,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="a test that has run for S seconds, its fixtures included, is taken for hung (ini: harness_deadline): its"
         " servers are stopped, it fails with the stacks of all threads, and a process that does not react is ended",
     )
+    group.addoption(
+        "--harness-strict",
+        action="store_true",
+        help="a server, a lease of GPUs or a port that a test or a fixture leaves behind is an error at teardown, and"
+        " is ended (ini: harness_strict); otherwise it is a warning",
+    )
+    group.addoption(
+        "--harness-live-logs",
+        action="store_true",
+        help="show what servers write while tests run, as -s does (ini: harness_live_logs)",
+    )
+    group.addoption(
+        "--harness-report",
+        metavar="PATH",
+        help="write every event of every server to PATH, as lines of JSON (ini: harness_report)",
+    )
+    _add_settings(parser)
+
+
+def _add_settings(parser: pytest.Parser) -> None:
+    parser.addini("harness_strict", "leaks of single tests are errors", type="bool")
+    parser.addini("harness_live_logs", "show what servers write while tests run", type="bool")
+    parser.addini("harness_report", "write every event of every server to this file")
     parser.addini("harness_log_dir", "keep the servers' logs in this directory")
     parser.addini("harness_deadline", "seconds after which a test is taken for hung (default: never)")
     parser.addini(
@@ -69,10 +93,11 @@ def pytest_configure(config: pytest.Config) -> None:
         " where this machine has too few",
     )
     session.check_times(config)
-    if not _is_controller(config):
+    run_events.start(config)
+    if not session.is_controller(config):
         session.keep_stderr(config)
         session.start(config)
-        run_report.start(config)
+        run_report.start(config, is_strict=session.flag(config, "harness_strict"))
 
 
 def pytest_plugin_registered(plugin: object) -> None:
@@ -96,16 +121,37 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, Result[None], Non
     report = run_report.of(item.config)
     if report is not None:
         report.begin(item.nodeid)
+    run_events.test_is(item.config, item.nodeid)
     session.begin_test(item)
     with _phase(item):
-        yield
+        outcome = yield
+    if report is not None:
+        _carry_out(lambda: report.end_setup(item), outcome)
+
+
+def _carry_out(step: Callable[[], None], outcome: Result[None]) -> None:
+    try:
+        step()
+    except BaseException as error:  # noqa: BLE001 - pytest must get it as the outcome, Ctrl-C too
+        if outcome.exception is None or not isinstance(error, Exception):
+            outcome.force_exception(error)
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Result[None], None]:
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+) -> Generator[None, Result[None], None]:
     """Know whose it is what a fixture launches that outlives the test."""
-    with run_report.owner_is(fixturedef.argname, fixturedef.scope):
+    report = run_report.of(request.config)
+    with contextlib.nullcontext() if report is None else report.fixture_set_up(fixturedef):
         yield
+
+
+def pytest_fixture_post_finalizer(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> None:
+    """See what such a fixture has left."""
+    report = run_report.of(request.config)
+    if report is not None:
+        report.fixture_torn_down(fixturedef)
 
 
 @pytest.hookimpl(hookwrapper=True, trylast=True)
@@ -125,32 +171,26 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Result[None], None
 
 
 @pytest.hookimpl(hookwrapper=True, trylast=True)
-def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, Result[None], None]:
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, Result[None], None]:
     """Say that the test has ended. What is torn down is torn down, also after the deadline."""
+    report = run_report.of(item.config)
     with _phase(item):
         outcome = yield
+        if report is not None:
+            _carry_out(lambda: report.tear_down_outlived(item, nextitem), outcome)
     end_test(item.config)
+    errors = run_report.end_test(item)
+    run_events.test_is(item.config, "")
     leak = session.unreported_leak(item.config)
-    if leak is not None and outcome.exception is None:
-        outcome.force_exception(leak)
-    elif leak is not None and str(leak) != str(outcome.exception):
-        item.add_report_section("teardown", _LEFT_BEHIND, str(leak))
+    for error in [*errors, *([leak] if leak is not None else [])]:
+        if outcome.exception is None:
+            item.stash[_FORCED] = error
+            outcome.force_exception(error)
+        elif str(error) != str(outcome.exception):
+            item.add_report_section("teardown", _LEFT_BEHIND, str(error))
     watch = session.watched_test(item.config)
     if watch is not None and watch.is_unreported and outcome.exception is None:
         outcome.force_exception(watch.failure())
-    _end_report(item, outcome)
-
-
-def _end_report(item: pytest.Item, outcome: Result[None]) -> None:
-    report = run_report.of(item.config)
-    if report is None:
-        return
-    report.end()
-    try:
-        report.warn_of_deaths()
-    except run_report.ServerDied as error:  # where warnings are errors
-        if outcome.exception is None:
-            outcome.force_exception(error)
 
 
 def _phase(item: pytest.Item) -> contextlib.AbstractContextManager[None]:
@@ -159,10 +199,14 @@ def _phase(item: pytest.Item) -> contextlib.AbstractContextManager[None]:
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Result[pytest.TestReport], None]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, Result[pytest.TestReport], None]:
     """Show the servers in the report of a test that failed, and the stacks in that of one that hung."""
     outcome = yield
     report = run_report.of(item.config)
+    if call.excinfo is not None and call.excinfo.value is item.stash.get(_FORCED, None):
+        outcome.get_result().longrepr = call.excinfo.getrepr(style="value")  # a traceback would show pytest's own lines
     if report is not None and outcome.get_result().failed:
         outcome.get_result().sections.extend(report.sections(item))
     watch = session.watched_test(item.config)
@@ -172,12 +216,26 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Result[pytes
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Show progress and logs from now on."""
+    run_events.session_starts(session.config)
+
+
+@pytest.hookimpl(hookwrapper=True, trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Result[None], None]:
     """End a test that Ctrl-C or pytest.exit() has ended without a teardown of its own: its deadline is over."""
     end_test(session.config)
     report = run_report.of(session.config)
     if report is not None:
-        report.end()
+        report.cut_off()
+    run_events.add_properties(session.config)
+    yield
+    run_events.end_of_tests(session.config)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what became of all servers."""
+    run_events.print_summary(terminalreporter, config)
 
 
 def pytest_enter_pdb(config: pytest.Config) -> None:
@@ -200,7 +258,3 @@ def pytest_handlecrashitem(crashitem: str, report: pytest.TestReport) -> None:
     text = session.hung_text(crashitem)
     if text:
         report.sections.append(("harness: why the worker was ended", text))
-
-
-def _is_controller(config: pytest.Config) -> bool:
-    return not hasattr(config, "workerinput") and bool(config.getoption("tx", default=None))

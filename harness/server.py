@@ -7,9 +7,9 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from harness import asynchronous, journal, logs, messages, procfs, signals, specs, templates, waiting
+from harness import asynchronous, journal, logs, messages, procfs, signals, specs, stopping, templates, waiting
 from harness.errors import HarnessError, NotReady, SpecError
-from harness.outcomes import ServerOutcome, StopReport, outcome_of
+from harness.outcomes import ServerOutcome, StopReport, outcome_facts
 from harness.popen import ServerProcess
 from harness.readiness_history import ReadinessHistory
 
@@ -52,6 +52,7 @@ class Server:
         # For the plugin: who must stop it, and whether its end may be what the test wants.
         self.owner: journal.Owner | None = None
         self.was_signalled = False
+        self.ended_at: float | None = None
         self._pgid = self.pid if launched.keeper else _group_of(self.pid)
         self._status = _NO_STATUS
         self._outcome: ServerOutcome | None = None
@@ -66,6 +67,11 @@ class Server:
     def key(self) -> int:
         """Give the number by which the watchdog knows this server."""
         return self._launched.key
+
+    @property
+    def link(self) -> Link:
+        """Give the connection to its watchdog, for the plugin."""
+        return self._link
 
     @property
     def pid(self) -> int:
@@ -170,7 +176,7 @@ class Server:
         limit = specs.optional_seconds(timeout_s, "timeout_s")
         if not self.wait_until("gone", limit):
             raise NotReady(f"{self.name!r} (pid {self.pid}) still runs after {limit} s", server=self.name)
-        return self._stop(messages.Stop([self.key], None, kill=False), 0.0)
+        return self._stop(None)
 
     wait_async = asynchronous.form_of(wait)
 
@@ -196,29 +202,42 @@ class Server:
     def stop(self, *, grace_s: float | None = None) -> ServerOutcome:
         """Ask the server to exit, wait its grace, kill what is left; return when no process of it is left."""
         limit = specs.optional_seconds(grace_s, "grace_s")
-        return self._stop(messages.Stop([self.key], limit, kill=False), limit or self.grace_s)
+        return self._stop(limit)
 
     stop_async = asynchronous.form_of(stop)
 
     def kill(self) -> ServerOutcome:
         """Kill the whole tree at once, without asking; return when no process of it is left."""
-        return self._stop(messages.Stop([self.key], None, kill=True), 0.0)
+        return self._stop(None, kill=True)
 
-    def _stop(self, stop: messages.Stop, limit_s: float) -> ServerOutcome:
+    def _stop(self, limit_s: float | None, *, kill: bool = False) -> ServerOutcome:
         if not self.has_ended:
-            stopped = self._link.request(stop, messages.Stopped, timeout_s=limit_s + self._link.memory_s)
-            self.record(outcome_of(stopped.outcomes[0]))
+            stopping.stop(self._link, [self], limit_s, kill=kill)
         if self._outcome is None:
             raise HarnessError(f"{self.name!r} has no outcome")
         return self._outcome
 
     def record(self, outcome: ServerOutcome) -> None:
         """Keep the outcome of a stop; one that is final is not asked for again."""
+        is_news = outcome != self._outcome
         phase = "unkillable" if outcome.how == "unkillable" else "gone"
         self._status = messages.ServerStatus(
             self.key, phase, True, outcome.returncode, outcome.exited_at, outcome.reason
         )
         self._outcome = outcome
+        self.ended_at = self.ended_at or time.monotonic()
+        if is_news:
+            self.note("ended", died=self.has_failed(self._status), **outcome_facts(outcome))
+
+    def has_failed(self, status: messages.ServerStatus) -> bool:
+        """Say whether, by this state of it, its root ended with anything but 0, and nobody asked it to."""
+        if self.was_signalled or (self._outcome is not None and self._outcome.how != "exited"):
+            return False
+        return status.root_exited and not status.reason and status.returncode not in {0, None}
+
+    def note(self, kind: str, **facts: object) -> None:
+        """Say in the journal that something has happened to it."""
+        journal.note(kind, self, server=self.name, id=f"{self._link.pid}-{self.key}", **facts)
 
     @property
     def has_ended(self) -> bool:

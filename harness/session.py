@@ -45,7 +45,7 @@ def start(config: pytest.Config) -> None:
         platform.check()
         run = state_dir.new_run()
         log = run / "watchdog.log"
-        process = WatchdogProcess(log, crash_grace_s=crash_grace_s, controller=_controller(config))
+        process = WatchdogProcess(log, crash_grace_s=crash_grace_s, controller=controller_of(config))
     except HarnessError as error:
         config.stash[_FAILURE] = error
     else:
@@ -91,7 +91,7 @@ def _watchdog(config: pytest.Config) -> Watchdog:
     from harness.leasing import DEFAULT_RELEASE_S, DEFAULT_WAIT_S  # noqa: PLC0415 - see the top
 
     made = Watchdog(
-        log_dir=_log_dir(config),
+        log_dir=path_of(config, "harness_log_dir"),
         gpu_wait_s=_seconds(config, "harness_gpu_wait_s", None) or DEFAULT_WAIT_S,
         gpu_release_s=_seconds(config, "harness_gpu_release_s", None) or DEFAULT_RELEASE_S,
     )
@@ -142,7 +142,7 @@ def _watch_tests(config: pytest.Config, watchdog: Watchdog, run: Path) -> None:
 
     if _STDERR not in config.stash:
         return  # only the fixtures were imported: nobody tells when a test begins
-    controller = _controller(config)
+    controller = controller_of(config)
     reports = run if controller is None else state_dir.run_of(controller)
     grace_s = _seconds(config, "harness_deadline_grace_s", None) or DEFAULT_GRACE_S
     watch = TestWatch(watchdog.link, run, reports, grace_s=grace_s, stderr=config.stash[_STDERR])
@@ -224,16 +224,28 @@ def hung_text(test: str) -> str:
     return text
 
 
-def _controller(config: pytest.Config) -> int | None:
+def controller_of(config: pytest.Config) -> int | None:
+    """Give the pid of a pytest-xdist worker's controller; None for another process, or on another host."""
     # A worker whose controller has died runs on for 5 to 15 s (execnet); its servers need not. A worker on another
     # host, or behind another program, has another parent.
     named: int | None = getattr(config, "workerinput", {}).get(CONTROLLER)
     return named if named == os.getppid() else None
 
 
-def _log_dir(config: pytest.Config) -> Path | None:
-    named = config.getoption("harness_log_dir", None) or _ini(config, "harness_log_dir")
+def is_controller(config: pytest.Config) -> bool:
+    """Say whether this is pytest-xdist's controller, which runs no test itself."""
+    return not hasattr(config, "workerinput") and bool(config.getoption("tx", default=None))
+
+
+def path_of(config: pytest.Config, name: str) -> Path | None:
+    """Give the path that an option or a setting of this name gives, from where pytest was started."""
+    named = config.getoption(name, None) or _ini(config, name)
     return config.invocation_params.dir / str(named) if named else None
+
+
+def flag(config: pytest.Config, name: str) -> bool:
+    """Say whether an option or a setting of this name is on."""
+    return bool(config.getoption(name, None) or _ini(config, name))
 
 
 def _crash_grace_s(config: pytest.Config) -> float:

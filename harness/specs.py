@@ -13,6 +13,7 @@ from harness import templates
 from harness.errors import SpecError
 
 if TYPE_CHECKING:
+    from harness.journal import Owner
     from harness.server import Server
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
@@ -54,6 +55,7 @@ class ServerSpec:
     ports: tuple[str, ...] = ()
     deadline_s: float | None = None
     gpus: GpuWish | None = None
+    owner: Owner | None = None
 
 
 class Environment(dict[str, _Value]):

@@ -8,7 +8,7 @@ import select
 import time
 from typing import TYPE_CHECKING
 
-from harness import asynchronous, procfs
+from harness import asynchronous, journal, procfs
 from harness.errors import HarnessError, NotReady, ServerExited
 from harness.readiness import HttpOk, LogLine, PortOpen
 
@@ -51,6 +51,7 @@ class _Wait:
     def __init__(self, server: Server, limit_s: float, began: float) -> None:
         self.server = server
         self.limit_s = limit_s
+        self.began = began
         self.deadline = began + limit_s
         self.probe = _probe(server)
         self.root = _pidfd(server)
@@ -95,9 +96,14 @@ def wait_ready(servers: Sequence[Server], timeout_s: float | None) -> None:
     """Return when every server is ready; raise for the first that is not, fails or exits."""
     began = time.monotonic()
     waits = [_Wait(server, timeout_s or server.ready_timeout_s, began) for server in servers]
+    word = journal.Wait(
+        "ready", [wait.server.name for wait in waits], max((wait.limit_s for wait in waits), default=0.0)
+    )
     try:
         while waits:
             asynchronous.check()
+            if word.is_due:
+                _say_what_is_awaited(word, waits)
             for wait in list(waits):
                 if _is_done(wait, began):
                     wait.close()
@@ -107,6 +113,13 @@ def wait_ready(servers: Sequence[Server], timeout_s: float | None) -> None:
     finally:
         for wait in waits:
             wait.close()
+        word.end()
+
+
+def _say_what_is_awaited(word: journal.Wait, waits: list[_Wait]) -> None:
+    server, probe = waits[0].server, waits[0].probe
+    awaited = f"{server.ready!r}: {probe.seen}" if probe is not None else ""
+    word.say(awaited, server.log_path, [wait.server.name for wait in waits])
 
 
 def _is_done(wait: _Wait, began: float) -> bool:
@@ -115,12 +128,12 @@ def _is_done(wait: _Wait, began: float) -> bool:
         _check_alive(wait, now - began)
         wait.next_status = now + _STATUS_S
     if wait.probe is None:
-        wait.server.readiness.end("ready")
+        _note_ready(wait)
         return True
     is_due = now >= wait.next_step or wait.probe.waits_for is not None
     if is_due and _step(wait, wait.probe, now - began):
         _check_alive(wait, now - began)
-        wait.server.readiness.end("ready")
+        _note_ready(wait)
         return True
     wait.server.readiness.see(wait.probe.seen)
     if now >= wait.deadline:
@@ -128,6 +141,12 @@ def _is_done(wait: _Wait, began: float) -> bool:
             wait, f"was not ready after {wait.limit_s:g} s, waiting for {wait.server.ready!r}: {wait.probe.seen}"
         )
     return False
+
+
+def _note_ready(wait: _Wait) -> None:
+    server = wait.server
+    if server.readiness.end("ready"):
+        server.note("ready", seconds=round(time.monotonic() - server.launched_at, 6))
 
 
 def _step(wait: _Wait, probe: Probe, waited_s: float) -> bool:
@@ -169,14 +188,19 @@ def _check_alive(wait: _Wait, waited_s: float) -> None:
     what = f" while it was waited for ({server.ready!r})" if server.ready is not None else ""
     text = f"{server.name!r} (pid {server.pid}) ended with {server.describe_exit()} after {waited_s:.2f} s{what}"
     returncode = server.returncode
-    server.readiness.end(f"it ended with {server.describe_exit()}")
+    _note_not_ready(wait, f"it ended with {server.describe_exit()}")
     server.stop()
     raise ServerExited(text, server=server.name, returncode=returncode, log_tail=server.log_tail())
 
 
+def _note_not_ready(wait: _Wait, text: str) -> None:
+    wait.server.readiness.end(text)
+    wait.server.note("not_ready", seconds=round(time.monotonic() - wait.began, 6), reason=text)
+
+
 def _not_ready(wait: _Wait, text: str) -> NotReady:
     server = wait.server
-    server.readiness.end(text)
+    _note_not_ready(wait, text)
     return NotReady(f"{server.name!r} (pid {server.pid}) {text}", server=server.name, log_tail=server.log_tail())
 
 

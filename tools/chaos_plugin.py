@@ -64,18 +64,18 @@ _AWAITED = {"Launch": "between request and reply", "Stop": "between stop and rep
 def _say_what_is_awaited() -> None:
     real_request, real_reply = channel.Channel.request, channel.Channel._reply
 
-    def request(self: channel.Channel, message_id: int, message: bytes, timeout_s: float) -> bytes:
+    def request(self: channel.Channel, message_id: int, message: bytes, *more: Any) -> bytes:
         global _awaited  # noqa: PLW0603 - one thread, one request
         _awaited = type(messages.decode(message)).__name__
-        return real_request(self, message_id, message, timeout_s)
+        return real_request(self, message_id, message, *more)
 
-    def reply(self: channel.Channel, message_id: int, deadline: float) -> bytes:
+    def reply(self: channel.Channel, *more: Any) -> bytes:
         if _AWAITED.get(_awaited) == _SETTINGS["step"]:
             chaos_say.reach(_SETTINGS["step"])
-        return real_reply(self, message_id, deadline)
+        return real_reply(self, *more)
 
-    channel.Channel.request = request  # type: ignore[method-assign]
-    channel.Channel._reply = reply  # type: ignore[method-assign]
+    channel.Channel.request = request  # type: ignore[method-assign,assignment]
+    channel.Channel._reply = reply  # type: ignore[method-assign,assignment]
 
 
 def _close_pipe(_signal: int, _frame: object) -> None:

@@ -12,6 +12,8 @@ from harness.reporting import oom
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from harness.journal import Owner
+    from harness.leasing import GpuLease
     from harness.messages import ServerStatus
     from harness.server import Server
 
@@ -26,12 +28,18 @@ class Witness:
         self._evidence: dict[Server, str] = {}
         self._sizes: dict[Server, int] = {}
         self._is_lost = False
+        self._leases: list[GpuLease] = []
+        self._charged: set[object] = set()
         self.began = began
 
     def see(self, server: Server) -> None:
         """Take a server that has just been launched."""
         self._kills[server] = oom.counters()
         self._there.append(server)
+
+    def see_lease(self, lease: GpuLease) -> None:
+        """Take a lease that has just been granted."""
+        self._leases.append(lease)
 
     def begin_test(self) -> None:
         """Say that a test begins: what servers have written before is not its own, and who has ended is forgotten."""
@@ -41,8 +49,25 @@ class Witness:
         for server in [server for server in self._there if server.has_ended]:
             self._there.remove(server)
             self._kills.pop(server, None)
+        for lease in [lease for lease in self._leases if lease.is_given_back]:
+            self._leases.remove(lease)
+        self._charged = {what for what in self._charged if what in self._there or what in self._leases}
         self._evidence = {}
         self._sizes = {server: logs.size(server.log_path) for server in list(self._there)}
+
+    def of(self, owner: Owner) -> list[Server]:
+        """Give the servers that this owner launched, those that have ended in this test included."""
+        return [server for server in list(self._there) if server.owner is owner]
+
+    def leases_of(self, owner: Owner) -> list[GpuLease]:
+        """Give the leases that this owner took and did not give back."""
+        return [lease for lease in list(self._leases) if lease.owner is owner and not lease.is_given_back]
+
+    def charge(self, what: object) -> bool:
+        """Say whether a server or a lease is charged to somebody for the first time."""
+        is_first = what not in self._charged
+        self._charged.add(what)
+        return is_first
 
     def status(self, server: Server) -> ServerStatus | None:
         """Give a server's state; None if its watchdog does not tell: one that hangs is asked once in a test."""
@@ -89,10 +114,8 @@ class Witness:
 
     def has_failed(self, server: Server) -> bool:
         """Say whether a server's root ended with anything but 0, and neither a stop nor a signal had asked it to."""
-        if server.was_signalled or (server.outcome is not None and server.outcome.how != "exited"):
-            return False
         status = self.status(server)
-        return status is not None and status.root_exited and not status.reason and status.returncode not in {0, None}
+        return status is not None and server.has_failed(status)
 
     def why(self, server: Server) -> str:
         """Say whether the out-of-memory killer ended it, and how that is known; "" if nothing speaks for it."""

@@ -185,7 +185,10 @@ def test_a_test_that_passes_warns_of_the_death_of_a_shared_server(pytester: pyte
     if strict:
         result.assert_outcomes(passed=2, errors=1)
         result.stdout.fnmatch_lines(
-            ["E * harness.run_report.ServerDied: server 'shared': DIED during this test: exit code 3*"]
+            [
+                "server 'shared': DIED during this test: exit code 3 (its log: *",
+                "ERROR *::test_during - *.ServerDied: *",
+            ]
         )
     else:
         result.assert_outcomes(passed=2, warnings=1)

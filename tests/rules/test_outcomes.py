@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from harness import lease_messages, messages, signals
 from harness.errors import GpuNotReleased, Leaked
-from harness.outcomes import DeviceRelease, ServerOutcome, StopReport, Survivor, report_of
+from harness.outcomes import DeviceRelease, ServerOutcome, StopReport, Survivor, outcome_facts, report_of
 
 WIRE = messages.Stopped(
     [
@@ -139,3 +141,18 @@ def test_memory_that_is_back_or_unknown_is_no_leak() -> None:
 
 def report_row(row: lease_messages.DeviceRelease) -> DeviceRelease:
     return stopped_with(row).outcomes[0].gpu[0]
+
+
+def test_what_a_report_says_of_an_outcome_is_json() -> None:
+    device = DeviceRelease("GPU-1", 0, "held", 1, 2, 3, waited_s=4.0)
+    survivor = Survivor(7, "D", "nfs_wait", "python")
+    outcome = ServerOutcome("web", 5, "unkillable", None, 1.5, (survivor,), "its deadline", (device,))
+    facts = outcome_facts(outcome)
+    assert json.loads(json.dumps(facts)) == {
+        "how": "unkillable",
+        "returncode": None,
+        "seconds": 1.5,
+        "reason": "its deadline",
+        "survivors": [7],
+        "gpu": [{"uuid": "GPU-1", "verdict": "held", "seconds": 4.0}],
+    }

@@ -1,0 +1,105 @@
+"""What a test, or a fixture of a wider scope, has left behind when it was torn down."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from harness import listeners, procfs, stopping
+from harness.errors import HarnessError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from harness.journal import Owner
+    from harness.leasing import GpuLease
+    from harness.link import Link
+    from harness.reporting.witness import Witness
+    from harness.server import Server
+
+# A server that was sent a signal, as Popen.terminate() does, may be on its way out: so long it is waited for.
+_LEAVING_S = 2.0
+
+
+class Leak(NamedTuple):
+    """Something that was left behind: a server that runs, a lease, or a port of a server that has ended."""
+
+    text: str
+    server: Server | None = None
+    lease: GpuLease | None = None
+
+
+def left_by(owner: Owner, witness: Witness) -> list[Leak]:
+    """Give what an owner has left, each thing once."""
+    servers = witness.of(owner)
+    running = [server for server in servers if _runs(server, witness) and witness.charge(server)]
+    found = [Leak(_server(server, owner), server=server) for server in running]
+    # The devices of a server that runs cannot be given back; that it runs says enough.
+    taken = {uuid for server in running for uuid in server.gpus}
+    leases = [lease for lease in witness.leases_of(owner) if not taken.intersection(lease.devices)]
+    found += [Leak(_lease(lease, owner), lease=lease) for lease in leases if witness.charge(lease)]
+    return found + [Leak(text) for server in servers if witness.charge((server, "ports")) for text in _ports(server)]
+
+
+def _runs(server: Server, witness: Witness) -> bool:
+    if server.has_ended:
+        return False
+    status = witness.status(server)
+    if status is None or status.phase in {"gone", "unkillable"}:
+        return False  # of a watchdog that hangs nothing is known; what cannot be killed is reported by its stop
+    try:
+        return not (server.was_signalled and server.wait_until("gone", _LEAVING_S))
+    except HarnessError:
+        return False
+
+
+def _by(owner: Owner) -> str:
+    return "this test" if owner.scope == "function" else f"fixture {owner.name!r} (scope {owner.scope})"
+
+
+def _server(server: Server, owner: Owner) -> str:
+    ports = ", ".join(str(port) for port in server.ports_by_name.values())
+    facts = (
+        f"pid {server.pid}" + f", port {ports}" * bool(ports) + f", up {time.monotonic() - server.launched_at:.2f} s"
+    )
+    what = f"server {server.name!r} ({facts}) was launched by {_by(owner)} and left running"
+    return f"{what}: stop it, or launch it in a group that is left, as server_group is (its log: {server.log_path})"
+
+
+def _lease(lease: GpuLease, owner: Owner) -> str:
+    devices = ", ".join(lease.devices)
+    return f"{devices} were leased by {_by(owner)} for {lease.name!r} and not given back: leave or stop that group"
+
+
+def _ports(server: Server) -> list[str]:
+    if server.ended_at is None:
+        return []
+    found = []
+    for port in server.ports_by_name.values():
+        found += [
+            f"port {port} of server {server.name!r}, which has ended, is still held by pid {pid} ({procfs.name(pid)})"
+            for pid in listeners.holders(port)
+            if _is_from(server, pid)
+        ]
+    return found
+
+
+def _is_from(server: Server, pid: int) -> bool:
+    """Say whether a process began while a server ran: another that has its port now may have taken it since."""
+    stat = procfs.stat(pid)
+    if stat is None or server.ended_at is None:
+        return False
+    return server.launched_at <= time.monotonic() - procfs.age_s(stat) <= server.ended_at
+
+
+def end(leaks: Sequence[Leak]) -> None:
+    """Stop the servers, in parallel for each watchdog, and give the leases back."""
+    by_link: dict[Link, list[Server]] = {}
+    for leak in leaks:
+        if leak.server is not None and not leak.server.has_ended:
+            by_link.setdefault(leak.server.link, []).append(leak.server)
+    for link, servers in by_link.items():
+        stopping.stop(link, servers, None)
+    for leak in leaks:
+        if leak.lease is not None:
+            leak.lease.end()

@@ -148,7 +148,9 @@ class Watchdog(Launcher):
     def new_lease(self, name: str) -> GpuLease:
         """Make a lease that nothing has been asked for yet; for `launch` and for groups."""
         terms = leasing.terms(self._state_dir, self._wait_s, self._release_s)
-        return GpuLease(self._started(), terms, name)
+        lease = GpuLease(self._started(), terms, name)
+        lease.owner = self.owner or journal.owner()
+        return lease
 
     def launch_on(
         self, spec: specs.ServerSpec, lease: GpuLease, devices: tuple[str, ...], register: Callable[[Server], None]

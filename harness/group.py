@@ -45,7 +45,7 @@ class ServerGroup(Launcher):
         """Not for users: a group is made by `Watchdog.group`."""
         self._owner = owner
         self.name = name
-        self._leased = None if gpus is None else SharedLease(lambda: owner.new_lease(name), gpus)
+        self._leased = None if gpus is None else SharedLease(self._new_lease, gpus)
         self._lock = threading.Lock()
         # Who has which name; None while it is being launched.
         self._named: dict[str, Server | None] = {}
@@ -53,6 +53,11 @@ class ServerGroup(Launcher):
         self._has_been_left = False
         # What is launched in it is its own, whoever launches.
         self._group_owner = journal.owner()
+
+    def _new_lease(self) -> GpuLease:
+        lease = self._owner.new_lease(self.name)
+        lease.owner = self._group_owner or lease.owner
+        return lease
 
     def __repr__(self) -> str:
         """Name the group and its servers."""

@@ -7,11 +7,13 @@ costs a look at an empty list. A listener must not raise: nobody's launch or sto
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+    from types import CodeType
 
 # How often a long wait says that it goes on, in seconds; some can be asked for a word only about once in a second.
 _WORD_S = 0.9
@@ -38,6 +40,7 @@ class Owner(NamedTuple):
 
 _listeners: list[Callable[[Event], None]] = []
 _owners: list[Owner] = []
+_makers: dict[CodeType, Owner] = {}
 
 
 def listen(listener: Callable[[Event], None]) -> None:
@@ -105,6 +108,22 @@ def leave(owner: Owner) -> None:
         del _owners[len(_owners) - 1 - _owners[::-1].index(owner) :]
 
 
+def own_functions(owner: Owner, codes: Iterable[CodeType]) -> None:
+    """Say that what these functions launch in this thread is this owner's, whoever calls them."""
+    _makers.update(dict.fromkeys(codes, owner))
+
+
+def disown_functions(owner: Owner) -> None:
+    """Say that they launch for whoever calls them."""
+    for code in [code for code, whose in _makers.items() if whose is owner]:
+        del _makers[code]
+
+
 def owner() -> Owner | None:
     """Give whose it is what is launched now; None outside of tests."""
+    frame = sys._getframe(1) if _makers else None  # noqa: SLF001 - inspect's form of it reads source files
+    while frame is not None:
+        if frame.f_code in _makers:
+            return _makers[frame.f_code]
+        frame = frame.f_back
     return _owners[-1] if _owners else None

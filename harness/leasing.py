@@ -80,7 +80,6 @@ class GpuLease:
         self._link.memory_s = max(self._link.memory_s, self._terms.release_s)
         self._link.lease(self.number, _request(wish, self._terms, self.name, is_for_one=is_for_one))
         began = time.monotonic()
-        self.owner = self.owner or journal.owner()
         self.devices = _wait(self._link, self.number, self.name, self._terms.wait_s)
         self.is_given_back = is_for_one
         seconds = round(time.monotonic() - began, 6)

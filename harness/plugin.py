@@ -179,7 +179,8 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         if report is not None:
             _carry_out(lambda: report.tear_down_outlived(item, nextitem), outcome)
     end_test(item.config)
-    errors = run_report.end_test(item)
+    errors: list[Exception] = []
+    _carry_out(lambda: errors.extend(run_report.end_test(item)), outcome)  # a time limit may strike here too
     run_events.test_is(item.config, "")
     leak = session.unreported_leak(item.config)
     for error in [*errors, *([leak] if leak is not None else [])]:

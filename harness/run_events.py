@@ -77,6 +77,8 @@ class RunEvents:
         """Take an event, from any thread."""
         from harness.reporting.events import PASSING  # noqa: PLC0415 - as above
 
+        if os.getpid() != self._process:
+            return  # a forked child: another thread may have held the lock, and nobody reads what it keeps
         with self._lock:
             if event["event"] in PASSING:
                 if self._progress is not None:
@@ -99,9 +101,27 @@ class RunEvents:
             for event in self._events:
                 self._follow(event)
 
+    def begin(self) -> None:
+        """Begin to write the report: an earlier one stays where tests are only collected."""
+        with self._lock:
+            if self._report is not None:
+                self._report.begin(self._events)
+
     def read_workers(self, run: Path) -> None:
         """Take the events of pytest-xdist's workers as they come."""
-        self._reader = _Reader(run, self.take)
+        self._reader = _Reader(run, self.take, self.forget_stale)
+
+    def forget_stale(self) -> None:
+        """Show no longer what a process waited for that has died."""
+        with self._lock:
+            if self._progress is not None:
+                self._progress.forget_stale(time.monotonic())
+
+    def make_room(self) -> None:
+        """Take the moving line away: pytest is about to write."""
+        if self._progress is not None and os.getpid() == self._process:
+            with self._lock:
+                self._progress.make_room()
 
     def end_of_tests(self) -> None:
         """Say that nothing is launched or stopped any more."""
@@ -149,9 +169,10 @@ class RunEvents:
 class _Reader:
     """Reads the workers' files in a thread of its own: the controller waits for them in the main thread."""
 
-    def __init__(self, run: Path, take: Callable[[Fields], None]) -> None:
+    def __init__(self, run: Path, take: Callable[[Fields], None], look_after: Callable[[], None]) -> None:
         self._run = run
         self._take = take
+        self._look_after = look_after
         self._lock = threading.Lock()
         self._parts: Parts | None = None
         self._is_over = threading.Event()
@@ -161,6 +182,7 @@ class _Reader:
     def _read(self) -> None:
         while not self._is_over.wait(_LOOK_S):
             self.look()
+            self._look_after()
 
     def look(self) -> None:
         """Take what has come."""
@@ -172,7 +194,8 @@ class _Reader:
 
                 self._parts = Parts(self._run)
             for event in self._parts.new():
-                self._take(event)
+                with contextlib.suppress(Exception):  # what one says must not hide what the others do
+                    self._take(event)
 
     def close(self) -> None:
         """Take what has come, and remove the files."""
@@ -210,10 +233,15 @@ def _start_worker(config: pytest.Config, worker: str) -> None:
     if controller is None:
         return  # on another host: nobody reads what it says
 
+    try:
+        run = state_dir.run_of(controller)  # now: a test may change where the state directory is
+    except HarnessError:
+        return  # the tests say so
+
     def take(event: Fields) -> None:
         from harness.reporting.parts import Part  # noqa: PLC0415 - as above
 
-        Part(state_dir.run_of(controller)).add(event)
+        Part(run).add(event)
 
     _record(config, worker, take)
 
@@ -235,10 +263,14 @@ def session_starts(config: pytest.Config) -> None:
     run = config.stash.get(_RUN, None)
     if run is None:
         return
+    if config.getoption("collectonly", default=False):
+        return
+    run.begin()
     if session.is_controller(config):
         with contextlib.suppress(HarnessError):  # a bad state directory: the tests say so
             run.read_workers(state_dir.run_of(os.getpid()))
     run.show(_progress(config), _follower(config))
+    config.pluginmanager.register(_MakeRoom(run))
 
 
 def _progress(config: pytest.Config) -> Progress | None:
@@ -300,6 +332,23 @@ def _end_workers(config: pytest.Config) -> None:
         manager.teardown_nodes()
 
 
+class _MakeRoom:
+    """A plugin of this run, since these hooks do not say of which run they are."""
+
+    def __init__(self, run: RunEvents) -> None:
+        self._run = run
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logstart(self) -> None:
+        """Let pytest write where the moving line is."""
+        self._run.make_room()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self) -> None:
+        """Let pytest write where the moving line is."""
+        self._run.make_room()
+
+
 def end_of_tests(config: pytest.Config) -> None:
     """Say that nothing is launched or stopped any more."""
     if _RUN in config.stash:
@@ -326,5 +375,3 @@ def print_summary(terminal: pytest.TerminalReporter, config: pytest.Config) -> N
         terminal.section("harness: servers", sep="=")
         for line in found.lines(_MOST_LINES):
             terminal.write_line(line)
-    if problem := run.conclude():
-        terminal.write_line(f"harness: {problem}", red=True)

@@ -6,9 +6,11 @@ One for each run; those of pytester in this process are runs within a test.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import threading
 import time
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +20,7 @@ from harness.errors import HarnessError, Leaked
 from harness.journal import Owner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from harness.journal import Event
     from harness.reporting.leaks import Leak
@@ -115,6 +117,8 @@ class RunReport:
             yield
             return
         owner = self._fixtures[fixture] = Owner(fixture.argname, fixture.scope)
+        # A fixture may hand out a function that launches: those servers are not the tests' that call it.
+        journal.own_functions(owner, _nested(getattr(inspect.unwrap(fixture.func), "__code__", None)))
         journal.enter(owner)
         try:
             yield
@@ -124,6 +128,8 @@ class RunReport:
     def fixture_torn_down(self, fixture: pytest.FixtureDef[Any]) -> None:
         """Charge what a fixture has left; not at the end of the session, which is the end of all its servers."""
         owner = self._fixtures.pop(fixture, None)
+        if owner is not None:
+            journal.disown_functions(owner)
         if owner is not None and (owner.scope != "session" or self._are_changing):
             self._look(owner)
 
@@ -139,15 +145,13 @@ class RunReport:
         first of them raises.
         """
         witness = self._own_witness()
-        if witness is None or following is None:
+        if witness is None or following is None or not any(map(witness.of, self._fixtures.values())):
             return
-        outlived = [fixture for fixture, owner in self._fixtures.items() if witness.of(owner)]
         self._are_changing = True
         with contextlib.ExitStack() as teardowns:
             teardowns.callback(self._no_more_changes)
-            for fixture in outlived:
-                if _parameter_changes(fixture, item, following):
-                    teardowns.callback(fixture.finish, item._request)  # type: ignore[attr-defined]  # noqa: SLF001 - as below
+            for fixture in _changed(following):
+                teardowns.callback(fixture.finish, item._request)  # type: ignore[attr-defined]  # noqa: SLF001 - as below
 
     def _no_more_changes(self) -> None:
         self._are_changing = False
@@ -160,10 +164,11 @@ class RunReport:
             return
         from harness.reporting import leaks  # noqa: PLC0415 - as above
 
-        found = leaks.left_by(owner, witness)
-        for leak in found:
-            journal.note("leak", text=leak.text, owner=owner.name, scope=owner.scope)
-        self._left += found
+        with contextlib.suppress(OSError, HarnessError):  # a teardown goes on, whatever cannot be read
+            found = leaks.left_by(owner, witness)
+            for leak in found:
+                journal.note("leak", text=leak.text, owner=owner.name, scope=owner.scope)
+            self._left += found
 
     def charge(self, item: pytest.Item) -> None:
         """Warn of what was left, or end it and raise Leaked."""
@@ -206,22 +211,41 @@ class RunReport:
             return
         from harness.reporting.sections import headline  # noqa: PLC0415 - as above
 
-        for server in witness.deaths():
+        for server in witness.dead():
             server.note("died")
+        for server in witness.deaths():
             if server not in self._shown:
                 self._shown.add(server)
                 text = f"server {server.name!r}: {headline(server, witness)} (its log: {server.log_path})"
                 item.warn(ServerDied(text))
 
 
-def _parameter_changes(fixture: pytest.FixtureDef[Any], item: pytest.Item, following: pytest.Item) -> bool:
-    name = fixture.argname
+def _nested(code: CodeType | None) -> Iterator[CodeType]:
+    for constant in code.co_consts if code is not None else ():
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _nested(constant)
+
+
+def _changed(following: pytest.Item) -> list[pytest.FixtureDef[Any]]:
+    """Give the fixtures that have a value, but not for the parameter that a test wants; by pytest's own rule."""
+    parameters = getattr(getattr(following, "callspec", None), "params", {})
+    known = getattr(getattr(following, "_fixtureinfo", None), "name2fixturedefs", {})
+    found = []
+    for name, wanted in parameters.items():
+        fixture = known[name][-1] if known.get(name) else None
+        if fixture is None or fixture.scope == "function" or fixture.cached_result is None:
+            continue
+        if not _is_same(fixture.cached_result[1], wanted):
+            found.append(fixture)
+    return found
+
+
+def _is_same(one: object, other: object) -> bool:
     try:
-        uses: Sequence[object] = following._fixtureinfo.name2fixturedefs[name]  # type: ignore[attr-defined]  # noqa: SLF001 - pytest has no other way
-        indices = [test.callspec.indices[name] for test in (item, following)]  # type: ignore[attr-defined]
-    except (AttributeError, KeyError):
-        return False  # not parametrised, or no function
-    return fixture in uses and indices[0] != indices[1]
+        return bool(one == other)
+    except (ValueError, RuntimeError):
+        return one is other  # arrays, as pytest has it
 
 
 def end_test(item: pytest.Item) -> list[Exception]:

@@ -240,7 +240,7 @@ def is_controller(config: pytest.Config) -> bool:
 def path_of(config: pytest.Config, name: str) -> Path | None:
     """Give the path that an option or a setting of this name gives, from where pytest was started."""
     named = config.getoption(name, None) or _ini(config, name)
-    return config.invocation_params.dir / str(named) if named else None
+    return config.invocation_params.dir / os.path.expanduser(str(named)) if named else None
 
 
 def flag(config: pytest.Config, name: str) -> bool:

@@ -118,8 +118,15 @@ def wait_ready(servers: Sequence[Server], timeout_s: float | None) -> None:
 
 def _say_what_is_awaited(word: journal.Wait, waits: list[_Wait]) -> None:
     server, probe = waits[0].server, waits[0].probe
-    awaited = f"{server.ready!r}: {probe.seen}" if probe is not None else ""
+    awaited = f"{_described(server.ready)}: {probe.seen}" if probe is not None else ""
     word.say(awaited, server.log_path, [wait.server.name for wait in waits])
+
+
+def _described(check: object) -> str:
+    """Name a check for reports that are kept and shown to others: a query, or a user's own arguments, may be secret."""
+    if isinstance(check, (HttpOk, PortOpen, LogLine)):
+        return repr(check).partition("?")[0]
+    return str(getattr(getattr(check, "func", check), "__qualname__", type(check).__qualname__))
 
 
 def _is_done(wait: _Wait, began: float) -> bool:
@@ -194,8 +201,11 @@ def _check_alive(wait: _Wait, waited_s: float) -> None:
 
 
 def _note_not_ready(wait: _Wait, text: str) -> None:
-    wait.server.readiness.end(text)
-    wait.server.note("not_ready", seconds=round(time.monotonic() - wait.began, 6), reason=text)
+    server = wait.server
+    server.readiness.end(text)
+    seconds = round(time.monotonic() - wait.began, 6)
+    reason = text.replace(repr(server.ready), _described(server.ready))
+    server.note("not_ready", seconds=seconds, reason=reason)
 
 
 def _not_ready(wait: _Wait, text: str) -> NotReady:

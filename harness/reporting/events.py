@@ -40,7 +40,7 @@ def parse(data: bytes) -> list[Fields]:
     for text in data.split(b"\n"):
         try:
             event = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(event, dict) and isinstance(event.get("event"), str):
             found.append(event)

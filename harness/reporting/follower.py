@@ -233,6 +233,7 @@ def main() -> None:
     signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
     with contextlib.suppress(OSError):  # nobody sees it any more
         program.run()
+    signal.setitimer(signal.ITIMER_REAL, 0.0)  # an interpreter that ends has no handler, and the signal would kill it
 
 
 if __name__ == "__main__":

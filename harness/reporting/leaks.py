@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from harness import listeners, procfs, stopping
+from harness import listeners, logs, procfs, stopping
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from harness.reporting.witness import Witness
     from harness.server import Server
 
-# A server that was sent a signal, as Popen.terminate() does, may be on its way out: so long it is waited for.
-_LEAVING_S = 2.0
+# A server may be on its way out. So long one is waited for whose root has exited or been sent a signal, and any other.
+_LEAVING_S = 1.0
+_MOMENT_S = 0.25
+# Of the phases of a server those in which nobody has begun to end it: no stop, no deadline, not the loss of its keeper.
+_LEFT = frozenset({"launching", "running", "detached"})
 
 
 class Leak(NamedTuple):
@@ -32,7 +35,8 @@ class Leak(NamedTuple):
 def left_by(owner: Owner, witness: Witness) -> list[Leak]:
     """Give what an owner has left, each thing once."""
     servers = witness.of(owner)
-    running = [server for server in servers if _runs(server, witness) and witness.charge(server)]
+    began = time.monotonic()
+    running = [server for server in servers if _runs(server, witness, began) and witness.charge(server)]
     found = [Leak(_server(server, owner), server=server) for server in running]
     # The devices of a server that runs cannot be given back; that it runs says enough.
     taken = {uuid for server in running for uuid in server.gpus}
@@ -41,14 +45,16 @@ def left_by(owner: Owner, witness: Witness) -> list[Leak]:
     return found + [Leak(text) for server in servers if witness.charge((server, "ports")) for text in _ports(server)]
 
 
-def _runs(server: Server, witness: Witness) -> bool:
+def _runs(server: Server, witness: Witness, began: float) -> bool:
     if server.has_ended:
         return False
     status = witness.status(server)
-    if status is None or status.phase in {"gone", "unkillable"}:
-        return False  # of a watchdog that hangs nothing is known; what cannot be killed is reported by its stop
+    if status is None or status.phase not in _LEFT:
+        return False  # of a watchdog that hangs nothing is known
+    is_leaving = server.was_signalled or not procfs.is_alive(server.pid, server.start_time)
+    limit_s = (_LEAVING_S if is_leaving else _MOMENT_S) - (time.monotonic() - began)
     try:
-        return not (server.was_signalled and server.wait_until("gone", _LEAVING_S))
+        return not server.wait_until("gone", max(0.0, limit_s))
     except HarnessError:
         return False
 
@@ -77,7 +83,8 @@ def _ports(server: Server) -> list[str]:
     found = []
     for port in server.ports_by_name.values():
         found += [
-            f"port {port} of server {server.name!r}, which has ended, is still held by pid {pid} ({procfs.name(pid)})"
+            f"port {port} of server {server.name!r}, which has ended, is still held by pid {pid}"
+            f" ({logs.printable(procfs.name(pid))})"
             for pid in listeners.holders(port)
             if _is_from(server, pid)
         ]

@@ -39,14 +39,21 @@ class Progress:
             self._show(key, event)
 
     def _show(self, key: tuple[object, ...], event: Fields) -> None:
-        now = event["monotonic_s"]
-        for stale in [key for key, wait in self._waits.items() if now - wait["monotonic_s"] > _STALE_S]:
-            self._forget(stale)
+        self.forget_stale(event["monotonic_s"])
         if self._screen.moves:
             self._screen.move(" · ".join(map(describe, self._waits.values())))
         elif event["seconds"] >= self._next_s.setdefault(key, _EVERY_S):
             self._next_s[key] += _EVERY_S
             self._screen.line(describe(event))
+
+    def forget_stale(self, now: float) -> None:
+        """Show no longer what a process waited for that has died, at this moment of `time.monotonic()`."""
+        for stale in [key for key, wait in self._waits.items() if now - wait["monotonic_s"] > _STALE_S]:
+            self._forget(stale)
+
+    def make_room(self) -> None:
+        """Take the moving line away; the next word of a wait brings it back."""
+        self._screen.clear()
 
     def _forget(self, key: tuple[object, ...]) -> None:
         self._waits.pop(key, None)

@@ -162,14 +162,15 @@ def _add_end(summary: Summary, event: Fields, death: Fields) -> None:
         summary.ended[how] += 1
     name, where = repr(event.get("server")), _where(event)
     if event.get("died"):
-        summary.died.append(f"server {name}: {signals.describe(event.get('returncode'))}{_where(death)}")
+        returncode = int(_number(event, "returncode")) if event.get("returncode") is not None else None
+        summary.died.append(f"server {name}: {signals.describe(returncode)}{_where(death)}")
     if how != "exited":
         summary.stops.append(_timed(event))
     if how == "unkillable":
-        pids = ", ".join(map(str, event.get("survivors") or ["?"]))
+        pids = ", ".join(map(str, _list(event, "survivors") or ["?"]))
         summary.leaks.append(f"processes of server {name} survived SIGKILL: {pids}{where}")
-    for device in event.get("gpu") or []:
-        if device.get("verdict") == "held":
+    for device in _list(event, "gpu"):
+        if isinstance(device, dict) and device.get("verdict") == "held":
             summary.leaks.append(f"memory of GPU {device.get('uuid')} did not come back from server {name}{where}")
 
 
@@ -190,6 +191,11 @@ def _timed(event: Fields) -> Timed:
 
 def _text(event: Fields, name: str) -> str:
     return str(event.get(name) or "")
+
+
+def _list(event: Fields, name: str) -> list[Any]:
+    value = event.get(name)
+    return value if isinstance(value, list) else []
 
 
 def _number(event: Fields, name: str) -> float:

@@ -93,9 +93,13 @@ class Witness:
             return True
         return server.owner.scope != "function" and server.owner.name in fixtures
 
+    def dead(self) -> list[Server]:
+        """Give all servers that failed during this test."""
+        return [server for server in list(self._there) if self.died_in_test(server)]
+
     def deaths(self) -> list[Server]:
         """Give the servers that are not this test's alone, and failed during it."""
-        return [server for server in self._there if self._is_shared(server) and self.died_in_test(server)]
+        return [server for server in self.dead() if self._is_shared(server)]
 
     def _is_shared(self, server: Server) -> bool:
         return server.owner.scope != "function" if server.owner is not None else server.launched_at < self.began

@@ -97,7 +97,24 @@ def test_what_is_stopped_by_the_end_of_the_teardown_is_no_leak(pytester: pytest.
         with watchdog.group() as group:
             yield group.launch
 
-    def test_all(own, of_module, shared, factory, server_group, watchdog):
+    @pytest.fixture(scope="module")
+    def makes(watchdog):
+        made = []
+
+        def make():
+            made.append(watchdog.launch(["sleep", "600"]))
+
+        yield make
+        watchdog.stop(made)
+
+    @pytest.fixture(scope="session")
+    def cached(watchdog):
+        servers = {}
+        return lambda name: servers.get(name) or servers.setdefault(name, watchdog.launch(["sleep", "600"]))
+
+    def test_all(own, of_module, shared, factory, server_group, watchdog, makes, cached):
+        makes()
+        cached("a")
         server_group.launch(["sleep", "600"])
         factory(["sleep", "600"])
         watchdog.launch(["true"], name="exits").wait(30)
@@ -105,12 +122,14 @@ def test_what_is_stopped_by_the_end_of_the_teardown_is_no_leak(pytester: pytest.
         with harness.Watchdog() as other:
             other.launch(["sleep", "600"])
 
-    def test_more(of_module, factory):
+    def test_more(of_module, factory, makes, cached):
+        makes()
+        cached("a")
         factory(["sleep", "600"])
     """
     result = run(pytester, suite, STRICT, "-W", "error")
     result.assert_outcomes(passed=2)
-    result.stdout.fnmatch_lines(["harness: 9 servers launched: 7 ended when asked, 2 ended by itself; *"])
+    result.stdout.fnmatch_lines(["harness: 12 servers launched: 10 ended when asked, 2 ended by itself; *"])
 
 
 def test_a_watchdog_that_a_test_starts_and_leaves(pytester: pytest.Pytester) -> None:
@@ -192,6 +211,66 @@ def test_a_parametrised_fixture_is_torn_down_in_the_test_that_used_it_last(
     result.assert_outcomes(passed=5, errors=2 if scope == "module" else 1)
 
 
+def test_what_depends_on_a_parameter_is_torn_down_with_it(pytester: pytest.Pytester) -> None:
+    suite = """
+    @pytest.fixture(scope="module", params=["a", "b"])
+    def conf(request):
+        return request.param
+
+    @pytest.fixture(scope="module")
+    def derived(watchdog, conf):
+        return watchdog.launch(["sleep", "600"], name=f"derived-{conf}")
+
+    def test_one(derived):
+        pass
+
+    def test_two(derived):
+        pass
+    """
+    result = run(pytester, suite, STRICT)
+    result.assert_outcomes(passed=4, errors=2)
+    assert charged(result, "server 'derived-a'") == ["test_two[a]"]
+    assert charged(result, "server 'derived-b'") == ["test_two[b]"]
+
+
+def test_a_parameter_is_another_one_by_its_value(pytester: pytest.Pytester) -> None:
+    suite = """
+    made = []
+
+    @pytest.fixture(scope="module")
+    def model(watchdog, request):
+        made.append(request.param)
+        return watchdog.launch(["sleep", "600"], name=f"model-{request.param}")
+
+    @pytest.mark.parametrize("model", ["x"], indirect=True)
+    def test_one(model):
+        pass
+
+    @pytest.mark.parametrize("model", ["x"], indirect=True)
+    def test_two(model):
+        pass
+
+    @pytest.mark.parametrize("model", ["y"], indirect=True)
+    def test_three(model):
+        assert made == ["x", "y"]
+    """
+    result = run(pytester, suite, STRICT)
+    result.assert_outcomes(passed=3, errors=2)
+    assert charged(result, "server 'model-x'") == ["test_two[x]"]
+    assert charged(result, "server 'model-y'") == ["test_three[y]"]
+
+
+def test_a_server_that_the_test_has_killed_itself_is_no_leak(pytester: pytest.Pytester) -> None:
+    suite = """
+    @pytest.mark.parametrize("number", range(8))
+    def test_kills(watchdog, number):
+        os.kill(watchdog.launch(["sleep", "600"], name=f"k{number}").pid, signal.SIGKILL)
+    """
+    result = run(pytester, suite, STRICT)
+    result.assert_outcomes(passed=8)
+    result.stdout.fnmatch_lines(["DIED: server 'k0': killed by SIGKILL [[]in test_it.py::test_kills[[]0]]"])
+
+
 def test_its_teardown_fails_the_test_that_used_it_last(pytester: pytest.Pytester) -> None:
     suite = """
     @pytest.fixture(scope="module", params=[0, 1])
@@ -233,6 +312,23 @@ def test_a_fixture_that_is_torn_down_in_a_setup_says_whose_it_was(pytester: pyte
     result = run(pytester, suite)
     result.assert_outcomes(passed=3, warnings=1)
     result.stdout.fnmatch_lines(["*server 'model0' (pid *) was launched by fixture 'model' (scope session) and left*"])
+
+
+def test_a_factory_that_stops_nothing_is_charged_and_not_who_calls_it(pytester: pytest.Pytester) -> None:
+    suite = """
+    @pytest.fixture(scope="module")
+    def makes(watchdog):
+        return lambda: watchdog.launch(["sleep", "600"], name="made")
+
+    def test_calls(makes):
+        makes()
+
+    def test_last(makes):
+        pass
+    """
+    result = run(pytester, suite, STRICT)
+    result.assert_outcomes(passed=2, errors=1)
+    assert charged(result, r"server 'made' .* by fixture 'makes' \(scope module\)") == ["test_last"]
 
 
 def test_a_fixture_that_fails_after_its_launch(pytester: pytest.Pytester) -> None:
@@ -320,6 +416,24 @@ def test_a_port_that_is_used_again_is_not(pytester: pytest.Pytester) -> None:
         own.close()
     """
     run(pytester, suite, STRICT, "-W", "error").assert_outcomes(passed=2)
+
+
+def test_what_the_watchdog_ends_for_a_hung_test_is_not_charged(pytester: pytest.Pytester) -> None:
+    suite = """
+    @pytest.mark.harness_deadline(2)
+    def test_hangs(watchdog):
+        code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up'); time.sleep(600)"
+        watchdog.launch(command(code), name="own", ready=harness.log_line("up")).wait_ready(timeout_s=60)
+        while True:
+            signal.sigtimedwait([], 1)  # interrupted at the deadline, while its server has its grace
+
+    def test_next(watchdog):
+        server, = watchdog.servers
+        assert server.state in {"asked", "killed", "gone"}
+    """
+    result = run(pytester, suite, STRICT)
+    result.assert_outcomes(passed=1, failed=1)
+    assert charged(result, "server 'own'") == []
 
 
 @pytest.mark.parametrize("how", ["raise KeyboardInterrupt", "pytest.exit('enough')"])

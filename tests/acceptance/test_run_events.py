@@ -229,6 +229,103 @@ def test_a_setting_names_the_report_and_a_device_may_be_one(pytester: pytest.Pyt
     assert not Path(os.devnull).is_file()
 
 
+def test_a_report_that_is_there_is_replaced_by_a_run_alone(pytester: pytest.Pytester) -> None:
+    make(pytester, TWO_GROUPS)
+    real, link = pytester.path / "real.jsonl", pytester.path / "link.jsonl"
+    real.write_text("of an earlier run")
+    real.chmod(0o640)
+    link.symlink_to(real)
+    for option in ("--help", "--collect-only"):
+        run(pytester, "--harness-report=link.jsonl", option)
+        assert real.read_text(encoding="ascii") == "of an earlier run"
+    run(pytester, "--harness-report=link.jsonl")
+    assert link.is_symlink()
+    assert lines(real)[-1]["launched"] == 4
+    assert real.stat().st_mode & 0o777 == 0o640
+
+
+def test_the_standard_output_may_be_the_report_and_stays_what_it_is(pytester: pytest.Pytester) -> None:
+    make(pytester, TWO_GROUPS)
+    (pytester.path / "link").symlink_to("/proc/self/fd/1")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:terminal", "--harness-report=link"]
+    with (pytester.path / "out").open("wb") as output:
+        subprocess.run(command, check=True, stdout=output)
+    assert (pytester.path / "link").is_symlink()
+    assert lines(pytester.path / "out")[-1]["launched"] == 4
+
+
+@Ways
+def test_a_test_that_moves_the_state_directory_loses_no_event(
+    pytester: pytest.Pytester, options: Sequence[str]
+) -> None:
+    suite = """
+    @pytest.fixture(scope="module")
+    def shared(watchdog):
+        return watchdog.launch(["sleep", "600"], name="shared")
+
+    def test_it(shared, monkeypatch, tmp_path):
+        monkeypatch.setenv("HARNESS_STATE_DIR", str(tmp_path / "mine"))
+        shared.stop()
+        assert not list(tmp_path.iterdir())
+    """
+    make(pytester, suite)
+    result = run(pytester, *options)
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["harness: 1 server launched: 1 ended when asked; *"])
+
+
+def test_what_a_user_gives_a_check_is_not_written(pytester: pytest.Pytester) -> None:
+    suite = """
+    import functools
+
+    def never(server, token):
+        return False
+
+    def test_it(watchdog):
+        with watchdog.launch(["sleep", "600"], ready=functools.partial(never, token="s3cr3t")) as server:
+            with pytest.raises(harness.NotReady):
+                server.wait_ready(timeout_s=1.5)
+        with watchdog.launch(["sleep", "600"], ready=harness.http_ok("/h?key=s3cr3t")) as server:
+            with pytest.raises(harness.NotReady):
+                server.wait_ready(timeout_s=1.5)
+    """
+    pytester.makeconftest("from harness.reporting import progress; progress._EVERY_S = 0.5")
+    make(pytester, suite)
+    result = run(pytester, "--harness-report=report.jsonl")
+    result.stdout.fnmatch_lines(["harness: 1 s of 1.5 s until ready: * | never: *"])
+    assert "s3cr3t" not in result.stdout.str()
+    reasons = [event["reason"] for event in lines(pytester.path / "report.jsonl") if event["event"] == "not_ready"]
+    assert "waiting for never" in reasons[0]
+    assert "s3cr3t" not in (pytester.path / "report.jsonl").read_text(encoding="ascii")
+
+
+def test_a_child_that_is_forked_while_a_thread_stops_a_server_does_not_hang(pytester: pytest.Pytester) -> None:
+    suite = """
+    import threading
+    from harness import journal
+
+    def test_it():
+        over = threading.Event()
+
+        def speak():
+            while not over.is_set():
+                journal.note("word", server="s")
+
+        thread = threading.Thread(target=speak)
+        thread.start()
+        for _ in range(50):
+            if (pid := os.fork()) == 0:
+                signal.alarm(30)  # or a child that hangs would
+                journal.note("word", server="s")
+                os._exit(0)
+            assert os.waitpid(pid, 0)[1] == 0
+        over.set()
+        thread.join()
+    """
+    make(pytester, suite)
+    run(pytester, "-W", "ignore", "--harness-report=report.jsonl").assert_outcomes(passed=1)
+
+
 def test_the_command_sums_up_a_report(pytester: pytest.Pytester) -> None:
     make(pytester, TWO_GROUPS)
     run(pytester, "-q", "--harness-report=report.jsonl")

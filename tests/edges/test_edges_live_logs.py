@@ -447,9 +447,12 @@ def test_it_ends_with_its_parent_though_its_output_takes_nothing(log: Path, clos
         reader = process.stdout.fileno()
         processes.wait_for(lambda: unread(reader) > 60_000, LIMIT_S, "a full pipe")
         found = [pid for pid in processes.tree(process.pid) if is_program(pid)]
+        everybody = processes.identities(processes.tree(process.pid))
         (program,) = processes.identities(found)
         process.kill()
         processes.wait_gone([program], LIMIT_S)
+        process.stdin.close()  # type: ignore[union-attr]  # which ends the child
+        processes.wait_gone(everybody, LIMIT_S)
 
 
 def is_program(pid: int) -> bool:

@@ -225,3 +225,28 @@ def test_two(model): ...
     )
     run(pytester).assert_outcomes(passed=2)
     assert machine.book(machine.state_dir)["leases"] == []
+
+
+def test_a_lease_is_its_groups_and_one_that_is_not_given_back_is_charged(
+    pytester: pytest.Pytester, machine: Machine
+) -> None:
+    make(
+        pytester,
+        machine,
+        """
+@pytest.fixture(scope="module")
+def shared(watchdog):
+    with watchdog.group(gpus=1) as group:
+        yield group
+""",
+        "def test_first(shared):\n    serve(shared)",
+        "def test_second(shared): ...",
+        "def test_leaves(watchdog):\n    watchdog.group('own', gpus=1).lease_gpus()",
+    )
+    result = run(pytester, "--harness-strict", "-p", "no:randomly", "-k", "first or second")
+    result.assert_outcomes(passed=2, deselected=1)
+    result = run(pytester, "--harness-strict", "-k", "leaves")
+    result.assert_outcomes(passed=1, errors=1, deselected=2)
+    result.stdout.fnmatch_lines(
+        ["GPU-* were leased by this test for 'own' and not given back: leave or stop that group"]
+    )

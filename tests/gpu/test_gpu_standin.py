@@ -168,14 +168,14 @@ def test_memory_can_stay_for_a_time_after_the_end_listed_or_not(
     standin: Standin, start: Callable[..., subprocess.Popen[bytes]], *, is_listed: bool
 ) -> None:
     device = standin.uuids[0]
-    process = start("--linger-ms", "1500", *(["--listed"] if is_listed else []))
+    process = start("--linger-ms", "4000", *(["--listed"] if is_listed else []))
     process.kill()
     process.wait()
     began = time.monotonic()
     assert standin.used_mib(device) == MIB
     assert _pids(device) == ([process.pid] if is_listed else [])
     processes.wait_for(lambda: standin.used_mib(device) == 0, SOON_S, "memory is back")
-    assert time.monotonic() - began >= 1.4
+    assert time.monotonic() - began >= 3.9
     assert _pids(device) == []
 
 

@@ -132,8 +132,9 @@ class RunEvents:
         with self._lock:
             if self._progress is not None:
                 self._progress.close()
-            if self._follower is not None:
-                self._follower.close()
+            follower, self._follower = self._follower, None
+        if follower is not None:
+            follower.close()  # it may take seconds, for which no other thread's stop is to wait
 
     def summary(self) -> Summary:
         """Give what the events amount to up to now."""

@@ -162,9 +162,8 @@ def _step(wait: _Wait, probe: Probe, waited_s: float) -> bool:
         is_ready = probe.step()
     except Exception as error:
         asynchronous.check()  # who was not waited for any more is not stopped
-        failure = _not_ready(
-            wait, f"failed its readiness check {wait.server.ready!r} after {waited_s:.2f} s: {error!r}"
-        )
+        what = f"failed its readiness check {wait.server.ready!r} after {waited_s:.2f} s: "
+        failure = _not_ready(wait, what + repr(error), reason=what + type(error).__name__)
         with contextlib.suppress(HarnessError):
             wait.server.stop()
         raise failure from error
@@ -200,17 +199,17 @@ def _check_alive(wait: _Wait, waited_s: float) -> None:
     raise ServerExited(text, server=server.name, returncode=returncode, log_tail=server.log_tail())
 
 
-def _note_not_ready(wait: _Wait, text: str) -> None:
+def _note_not_ready(wait: _Wait, text: str, reason: str = "") -> None:
     server = wait.server
     server.readiness.end(text)
     seconds = round(time.monotonic() - wait.began, 6)
-    reason = text.replace(repr(server.ready), _described(server.ready))
-    server.note("not_ready", seconds=seconds, reason=reason)
+    shown = (reason or text).replace(repr(server.ready), _described(server.ready))
+    server.note("not_ready", seconds=seconds, reason=shown)
 
 
-def _not_ready(wait: _Wait, text: str) -> NotReady:
+def _not_ready(wait: _Wait, text: str, reason: str = "") -> NotReady:
     server = wait.server
-    _note_not_ready(wait, text)
+    _note_not_ready(wait, text, reason)
     return NotReady(f"{server.name!r} (pid {server.pid}) {text}", server=server.name, log_tail=server.log_tail())
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from harness.reporting.witness import Witness
     from harness.server import Server
 
-# A server may be on its way out. So long one is waited for whose root has exited or been sent a signal, and any other.
+# A server may be on its way out: the first is how long one is waited for whose root has exited or been sent a signal,
+# the second any other. All of an owner's have this time together.
 _LEAVING_S = 1.0
 _MOMENT_S = 0.25
 # Of the phases of a server those in which nobody has begun to end it: no stop, no deadline, not the loss of its keeper.

@@ -71,6 +71,7 @@ class Watchdog(Launcher):
         self._log_dir = Path()
         self._lock = threading.Lock()
         self._servers: list[Server] = []
+        self._leases: list[GpuLease] = []
         self._names = itertools.count()
         # What is launched here is its; the plugin's watchdog has none, and leaves it to who launches.
         self.owner = journal.owner()
@@ -150,7 +151,18 @@ class Watchdog(Launcher):
         terms = leasing.terms(self._state_dir, self._wait_s, self._release_s)
         lease = GpuLease(self._started(), terms, name)
         lease.owner = self.owner or journal.owner()
+        with self._lock:
+            self._leases = [known for known in self._leases if not known.is_given_back]
+            self._leases.append(lease)
         return lease
+
+    @property
+    def leased(self) -> frozenset[str]:
+        """Give the UUIDs of the devices that groups and servers of this watchdog have leased for themselves alone."""
+        with self._lock:
+            of_groups = {uuid for lease in self._leases if not lease.is_given_back for uuid in lease.devices}
+        alone = [server for server in self.servers if server.gpus and not server.shares_gpus and not server.has_ended]
+        return frozenset(of_groups.union(*(server.gpus for server in alone)))
 
     def launch_on(
         self, spec: specs.ServerSpec, lease: GpuLease, devices: tuple[str, ...], register: Callable[[Server], None]
@@ -174,7 +186,7 @@ class Watchdog(Launcher):
         request = messages.Launch(
             name=name,
             command=spec.command,
-            environment=specs.with_devices(spec.environment, devices) if devices else spec.environment,
+            environment=specs.environment_on(spec, devices),
             templated=list(spec.templated),
             cwd=spec.cwd,
             ports=list(spec.ports),
@@ -185,6 +197,9 @@ class Watchdog(Launcher):
             deadline_s=spec.deadline_s,
             lease=None if lease is None else lease.number,
             devices=list(devices),
+            port=spec.port,
+            host=spec.host,
+            is_literal=spec.is_literal,
         )
         try:
             return self._launch(link, request, spec, log_path, register)

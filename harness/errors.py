@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 
-class HarnessError(Exception):
-    """The root of every error of the harness.
+class HarnessError(RuntimeError):
+    """The root of every error of the harness; a RuntimeError, as many suites' own harnesses raise.
 
     Fields: `server` (its name, or None), `returncode` (`subprocess.Popen`'s convention, or None if it is not known or
     the server still ran) and `log_tail` (the last lines of the server's log, or "").

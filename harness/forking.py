@@ -10,6 +10,8 @@ import contextlib
 import errno
 import json
 import multiprocessing
+import multiprocessing.connection
+import multiprocessing.popen_fork
 import multiprocessing.process
 import multiprocessing.util
 import os
@@ -138,6 +140,11 @@ def may_use_cgroups() -> bool:
 def _forget_processes() -> None:
     for process in list(_processes):
         process.forget_in_child()
+
+
+def pids() -> list[int]:
+    """Give the watchdog processes of this process."""
+    return [process.pid for process in _processes if process.owner == os.getpid()]
 
 
 if hasattr(os, "register_at_fork"):  # elsewhere nothing can be forked, nor a watchdog started

@@ -84,16 +84,18 @@ class TestWatch:
             self._test = private.open_file(str(run / private.TEST_FILE), os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise HarnessError(f"cannot make a file in {run}: {error.strerror}") from None
+        self._is_interruptible = False
         self._listen()
         _watches.append(self)
         # Where Yama restricts ptrace(2), and pidfd_getfd(2) with it: to write to this process's standard error.
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, link.pid, 0, 0, 0)
 
     def _listen(self) -> None:
-        is_main = threading.current_thread() is threading.main_thread()
-        if is_main:
+        # A watchdog may be asked for first by a thread of the test: the next test's beginning does the rest.
+        self._is_interruptible = threading.current_thread() is threading.main_thread()
+        if self._is_interruptible:
             signal.signal(_SIGNAL, self._on_signal)
-        faulthandler.register(_SIGNAL, file=self._stacks, all_threads=True, chain=is_main)
+        faulthandler.register(_SIGNAL, file=self._stacks, all_threads=True, chain=self._is_interruptible)
 
     def close(self) -> None:
         """Answer no signal any more."""
@@ -112,6 +114,8 @@ class TestWatch:
 
     def begin(self, test: str, deadline_s: float | None) -> None:
         """Say that a test begins; raises WatchdogDied if nobody is there to watch its deadline."""
+        if not self._is_interruptible:
+            self._listen()
         self.forget()
         os.ftruncate(self._stacks, 0)
         self._note(test)

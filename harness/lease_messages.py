@@ -13,6 +13,8 @@ from harness.records import Record
 class Lease(Record):
     """Wait in arrival order for `count` devices, or for these `devices` (UUIDs, or numbers of visible devices).
 
+    0 of them are all that are visible.
+
     `memory_mib` is the share of each that is wanted, None for whole devices. `visible` and `order` are the values of
     CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER. It is refused after `wait_s`. A device's memory may take `release_s` to
     come back. A lease that `is_for_one` server is given back by its launch. `store` is the directory of the store, and

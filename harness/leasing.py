@@ -94,14 +94,15 @@ class GpuLease:
 
 
 def _request(wish: GpuWish, terms: LeaseTerms, name: str, *, is_for_one: bool) -> Lease:
+    named_in = os.environ if wish.named_in is None else wish.named_in
     return Lease(
         name=name,
         test=_this_test(),
-        count=wish.count,
+        count=0 if wish.named_in is not None else wish.count,
         devices=list(wish.devices),
         memory_mib=wish.memory_mib,
-        visible=os.environ.get(VISIBLE),
-        order=os.environ.get(ORDER),
+        visible=named_in.get(VISIBLE),
+        order=named_in.get(ORDER),
         wait_s=terms.wait_s,
         release_s=terms.release_s,
         is_for_one=is_for_one,

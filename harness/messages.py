@@ -45,7 +45,9 @@ class MessageError(ValueError):
 class Launch(Record):
     """Start a server. `templated` names the entries of `environment` in which tokens are replaced.
 
-    On a `lease` its program is not executed before the store of leases names it, with its `devices` (UUIDs).
+    `port` is its main port, on `host` ("": on all addresses), None for one of the watchdog's choice; `is_literal`
+    leaves tokens in `command` alone. On a `lease` its program is not executed before the store of leases names it, with
+    its `devices` (UUIDs).
     """
 
     name: str
@@ -61,6 +63,9 @@ class Launch(Record):
     deadline_s: float | None
     lease: int | None
     devices: list[str]
+    port: int | None
+    host: str
+    is_literal: bool
 
     def __repr__(self) -> str:
         """Show no environment: it holds tokens, and tracebacks show arguments."""

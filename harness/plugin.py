@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness import run_events, run_report, session
+from harness import current, run_events, run_report, session
 from harness.errors import GpuNotReleased, Leaked
 from harness.fixtures import server_group, watchdog
 from harness.session import end_test
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from pluggy import Result
+
+    from harness.client import Watchdog
 
 __all__ = ["server_group", "watchdog"]
 
@@ -97,7 +99,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if not session.is_controller(config):
         session.keep_stderr(config)
         session.start(config)
+        _be_current(config)
         run_report.start(config, is_strict=session.flag(config, "harness_strict"))
+
+
+def _be_current(config: pytest.Config) -> None:
+    def source() -> Watchdog:
+        return session.watchdog_of(config)
+
+    current.use(source)
+    config.add_cleanup(lambda: current.use_no_more(source))
 
 
 def pytest_plugin_registered(plugin: object) -> None:
@@ -144,7 +155,9 @@ def pytest_fixture_setup(
     """Know whose it is what a fixture launches that outlives the test."""
     report = run_report.of(request.config)
     with contextlib.nullcontext() if report is None else report.fixture_set_up(fixturedef):
-        yield
+        outcome = yield
+    if report is not None and outcome.exception is not None:
+        report.fixture_failed(fixturedef)
 
 
 def pytest_fixture_post_finalizer(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> None:
@@ -206,6 +219,8 @@ def pytest_runtest_makereport(
     """Show the servers in the report of a test that failed, and the stacks in that of one that hung."""
     outcome = yield
     report = run_report.of(item.config)
+    if report is not None and outcome.get_result().failed:
+        report.has_failed = True
     if call.excinfo is not None and call.excinfo.value is item.stash.get(_FORCED, None):
         outcome.get_result().longrepr = call.excinfo.getrepr(style="value")  # a traceback would show pytest's own lines
     if report is not None and outcome.get_result().failed:

@@ -11,6 +11,7 @@ import re
 import select
 import socket
 import time
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Protocol
 
 from harness import listeners, specs
@@ -49,7 +50,19 @@ class Probe(Protocol):
         """Let go of what the probe holds."""
 
 
-class HttpOk:
+class Check(ABC):
+    """A readiness check of ours, as a user may also call it: once."""
+
+    def __call__(self, server: Server) -> bool:
+        """Look once, waiting at most 1 s for an answer."""
+        return _once(self.begin(server))
+
+    @abstractmethod
+    def begin(self, server: Server) -> Probe:
+        """Begin to probe a server."""
+
+
+class HttpOk(Check):
     """Ready when GET on the path answers with the status, from the server's own tree."""
 
     def __init__(self, path: str, status: int, port: int | None) -> None:
@@ -62,16 +75,12 @@ class HttpOk:
         """Say what is waited for."""
         return f"HTTP {self.status} from {self.path}"
 
-    def __call__(self, server: Server) -> bool:
-        """Ask once, waiting at most 1 s for the answer."""
-        return _once(self.begin(server))
-
     def begin(self, server: Server) -> Probe:
         """Begin to probe a server."""
-        return _HttpProbe(server, self)
+        return HttpProbe(server, self)
 
 
-class PortOpen:
+class PortOpen(Check):
     """Ready when the server's own tree listens on the port."""
 
     def __init__(self, port: int | None) -> None:
@@ -82,16 +91,12 @@ class PortOpen:
         """Say what is waited for."""
         return f"port {self.port or 'of the server'} to be open"
 
-    def __call__(self, server: Server) -> bool:
-        """Look once."""
-        return _once(self.begin(server))
-
     def begin(self, server: Server) -> Probe:
         """Begin to probe a server."""
         return _PortProbe(server, self.port if self.port is not None else server.port)
 
 
-class LogLine:
+class LogLine(Check):
     """Ready when a line of the server's log matches the pattern."""
 
     def __init__(self, pattern: re.Pattern[str]) -> None:
@@ -101,10 +106,6 @@ class LogLine:
     def __repr__(self) -> str:
         """Say what is waited for."""
         return f"a log line that matches {self.pattern.pattern!r}"
-
-    def __call__(self, server: Server) -> bool:
-        """Look through the log once."""
-        return _once(self.begin(server))
 
     def begin(self, server: Server) -> Probe:
         """Begin to probe a server."""
@@ -189,11 +190,16 @@ class _PortProbe:
         """Nothing is held."""
 
 
-class _HttpProbe:
+class HttpProbe:
+    """One server's check by HTTP under way. Where the server is, and whose answer counts, can be overridden."""
+
+    headers: tuple[str, ...] = ()
+    """Lines beside those that every request has."""
+
     def __init__(self, server: Server, check: HttpOk) -> None:
+        """Take the server and what makes it ready."""
         self._server = server
         self._check = check
-        self._port = check.port if check.port is not None else server.port
         self._connection: socket.socket | None = None
         self._answer = b""
         self._asked = 0.0
@@ -202,31 +208,55 @@ class _HttpProbe:
         self.seen = "nothing listens on the port"
 
     @property
+    def _port(self) -> int:
+        return self._check.port if self._check.port is not None else self._server.port
+
+    def connect(self) -> socket.socket | None:
+        """Connect to the server, in at most some 50 ms; None if nobody takes the connection."""
+        return _connect(self._server.host, self._port)
+
+    @property
+    def authority(self) -> str:
+        """Give what the request calls the server."""
+        return f"{self._server.host}:{self._port}"
+
+    def is_own(self) -> bool:
+        """Say whether it is this server that answers."""
+        if listeners.are_all_of(self._server.pids(), self._port):
+            return True
+        self.seen = f"a process that is not this server's answers on port {self._port}"
+        return False
+
+    @property
     def waits_for(self) -> int | None:
+        """Give the connection on which an answer is awaited."""
         return None if self._connection is None else self._connection.fileno()
 
     def step(self) -> bool:
+        """Ask, or look for the answer."""
         if self._connection is None:
             self._ask()
             return False
         if not self._has_answered(self._connection):
             return False
-        is_right = self._read_status() == self._check.status
-        self.close()
-        return is_right and self._is_own()
+        try:
+            return self._read_status() == self._check.status and self.is_own()
+        finally:
+            self.close()
 
     def _ask(self) -> None:
-        connection = _connect(self._server.host, self._port)
+        connection = self.connect()
         if connection is None:
             return
         if not self._has_been_answered:
             self.seen = "the port is open, but the request is not answered"
         lines = (
             f"GET {self._check.path} HTTP/1.1",
-            f"Host: {self._server.host}:{self._port}",
+            f"Host: {self.authority}",
             "User-Agent: pytest-watchdog-harness",
             "Accept: */*",
             "Connection: close",
+            *self.headers,
         )
         try:
             connection.sendall("\r\n".join((*lines, "", "")).encode())
@@ -267,13 +297,8 @@ class _HttpProbe:
         self.seen = f"it answered {found.group(1).decode()}"
         return int(found.group(1))
 
-    def _is_own(self) -> bool:
-        if listeners.are_all_of(self._server.pids(), self._port):
-            return True
-        self.seen = f"a process that is not this server's answers on port {self._port}"
-        return False
-
     def close(self) -> None:
+        """Let go of the connection."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None

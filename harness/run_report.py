@@ -54,6 +54,9 @@ class RunReport:
         self._left: list[Leak] = []
         # Fixtures whose parameter changes are torn down: in a setup, or by `tear_down_outlived`.
         self._are_changing = False
+        self.has_failed = False
+        """Whether the test that runs has failed, in its setup or its call."""
+        self._lacks_a_server = False
         journal.listen(self._see)
 
     def close(self) -> None:
@@ -65,6 +68,8 @@ class RunReport:
         with contextlib.suppress(Exception):  # no launch fails for the sake of a report
             if event.kind == "launched":
                 self._made_witness().see(subject)
+            elif event.kind == "not_ready":
+                self._lacks_a_server = True
             elif event.kind == "leased":
                 self._made_witness().see_lease(subject)
 
@@ -87,6 +92,7 @@ class RunReport:
         self._owner = Owner(test, "function")
         journal.enter(self._owner)
         self._shown = set()
+        self.has_failed = self._lacks_a_server = False
         self._began = time.monotonic()
         self._are_changing = True
         if self._witness is not None:
@@ -124,6 +130,16 @@ class RunReport:
             yield
         finally:
             journal.leave(owner)
+
+    def fixture_failed(self, fixture: pytest.FixtureDef[Any]) -> None:
+        """End what a fixture has launched whose setup failed: what would have stopped it is skipped."""
+        owner, witness = self._fixtures.get(fixture), self._own_witness()
+        if owner is None or witness is None:
+            return
+        from harness.reporting import leaks  # noqa: PLC0415 - as above
+
+        with contextlib.suppress(OSError, HarnessError):  # its own failure is what is to be read
+            leaks.end(leaks.left_by(owner, witness))
 
     def fixture_torn_down(self, fixture: pytest.FixtureDef[Any]) -> None:
         """Charge what a fixture has left; not at the end of the session, which is the end of all its servers."""
@@ -171,21 +187,26 @@ class RunReport:
             self._left += found
 
     def charge(self, item: pytest.Item) -> None:
-        """Warn of what was left, or end it and raise Leaked."""
+        """Warn of what was left, and end it if the test has failed in starting servers; if strict, raise Leaked."""
         left, self._left = self._left, []
         if not left:
             return
-        if not self._is_strict:
-            item.warn(LeakWarning("\n".join(leak.text for leak in left)))
-            return
-        from harness.reporting import leaks  # noqa: PLC0415 - as above
-
         texts = [leak.text for leak in left]
-        try:
-            leaks.end(left)
-        except HarnessError as error:
-            texts.append(f"it could not be stopped: {error}")
-        raise Leaked("\n".join(texts))
+        # Where one server of several did not start, what would stop the others is mostly skipped. After another failure
+        # they may be kept by somebody, for later tests.
+        has_failed_in_start = self.has_failed and self._lacks_a_server
+        if self._is_strict or has_failed_in_start:
+            from harness.reporting import leaks  # noqa: PLC0415 - as above
+
+            try:
+                leaks.end(left)
+            except HarnessError as error:
+                texts.append(f"it could not be stopped: {error}")
+        if self._is_strict:
+            raise Leaked("\n".join(texts))
+        if has_failed_in_start:
+            texts.append("The test failed after a server of it did not get ready: what it left was stopped.")
+        item.warn(LeakWarning("\n".join(texts)))
 
     # ---- sections and deaths
 

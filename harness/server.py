@@ -46,6 +46,7 @@ class Server:
         self.ready_timeout_s = spec.ready_timeout_s
         self.grace_s = spec.grace_s
         self.gpus = devices
+        self.shares_gpus = spec.gpus is not None and spec.gpus.memory_mib is not None
         self.host = templates.HOST
         self.launched_at = time.monotonic()
         self.readiness = ReadinessHistory(self.launched_at)

@@ -10,6 +10,7 @@ import importlib
 import math
 import os
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -34,6 +35,18 @@ _STDERR = pytest.StashKey[int]()
 _CURRENT = pytest.StashKey[str]()
 _UNREPORTED = pytest.StashKey[list["Server"]]()
 _SEEN = pytest.StashKey[int]()
+# Threads of a test may ask for the watchdog at the same time, and one that asks may be interrupted by another asking.
+_asking = threading.RLock()
+
+
+def _begin_anew() -> None:
+    global _asking  # noqa: PLW0603 - it may be held by a thread that is not here
+    _asking = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # elsewhere nothing can be forked
+    os.register_at_fork(after_in_child=_begin_anew)
+
 # The key under which the controller tells its workers its pid.
 CONTROLLER = "harness_controller"
 
@@ -63,6 +76,11 @@ def _close(process: WatchdogProcess) -> None:
 
 def watchdog_of(config: pytest.Config) -> Watchdog:
     """Give this process's watchdog, which is forked now if the plugin has not done it; raises why it cannot run."""
+    with _asking:
+        return _watchdog_of(config)
+
+
+def _watchdog_of(config: pytest.Config) -> Watchdog:
     if _FORKED not in config.stash and _FAILURE not in config.stash:
         start(config)
     if _FAILURE in config.stash:

@@ -31,17 +31,22 @@ LONGEST_S = 366 * 86400.0
 class GpuWish:
     """Devices that are wanted: `count` of any, or these `devices` (UUIDs, or numbers among the visible ones).
 
-    `memory_mib` is the share of each that is enough, None for whole devices.
+    `memory_mib` is the share of each that is enough, None for whole devices. `named_in` is an environment that names
+    the devices itself: all that it makes visible are wanted, whatever `count` says, and it is left as it is.
     """
 
     count: int
     devices: tuple[str, ...] = ()
     memory_mib: int | None = None
+    named_in: Mapping[str, str] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """A server as it was asked for, checked."""
+    """A server as it was asked for, checked.
+
+    `port` is its main port, on `host` ("": on all addresses), and `is_literal` leaves its command as it is.
+    """
 
     name: str | None
     command: list[str] = field(default_factory=list)
@@ -56,6 +61,9 @@ class ServerSpec:
     deadline_s: float | None = None
     gpus: GpuWish | None = None
     owner: Owner | None = None
+    port: int | None = None
+    host: str = ""
+    is_literal: bool = False
 
 
 class Environment(dict[str, _Value]):
@@ -64,6 +72,14 @@ class Environment(dict[str, _Value]):
     def __repr__(self) -> str:
         """Say how many they are."""
         return f"<{len(self)} variables>"
+
+
+class Arguments(list[str]):
+    """Arguments of a program that do not show their values, as `Environment`: some are keys."""
+
+    def __repr__(self) -> str:
+        """Say how many they are."""
+        return f"<{len(self)} arguments>"
 
 
 def text(value: object, what: str, *, may_be_empty: bool = False) -> str:
@@ -109,11 +125,14 @@ def command(value: object) -> list[str]:
         raise SpecError(f"the command must be a list of strings, not {type(value).__name__}")
     if not value:
         raise SpecError("the command is empty")
-    first = text(value[0], "the program")
-    return [
-        first,
-        *(text(part, f"argument {at} of the command", may_be_empty=True) for at, part in enumerate(value[1:], 1)),
-    ]
+    return [text(value[0], "the program"), *arguments(value[1:], "the command")]
+
+
+def arguments(value: object, whose: str) -> Arguments:
+    """Check what follows a program: a list or tuple of strings or paths."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise SpecError(f"the arguments of {whose} must be a list of strings, not {type(value).__name__}")
+    return Arguments(text(part, f"argument {at} of {whose}", may_be_empty=True) for at, part in enumerate(value, 1))
 
 
 def ports(value: object) -> tuple[str, ...]:
@@ -147,13 +166,13 @@ def ready(value: object) -> Ready:
     return value
 
 
-def sealed(changes: Mapping[str, str | None] | None) -> Mapping[str, str | None] | None:
+def sealed(changes: Mapping[str, _Value] | None) -> Mapping[str, _Value] | None:
     """Give the same changes of an environment, but so that they do not show their values."""
     # A dict first: looking at an abstract class is Python code, through which an interrupt would show `changes`.
     return Environment(changes) if isinstance(changes, (dict, Mapping)) else changes
 
 
-def _without_locals(check: Callable[[_Checked], _Result]) -> Callable[[_Checked], _Result]:
+def without_locals(check: Callable[[_Checked], _Result]) -> Callable[[_Checked], _Result]:
     """Let no traceback pass through this check's frames: pytest's --showlocals would print the value they look at."""
 
     @functools.wraps(check)
@@ -166,7 +185,7 @@ def _without_locals(check: Callable[[_Checked], _Result]) -> Callable[[_Checked]
     return run
 
 
-@_without_locals
+@without_locals
 def environment(changes: object) -> Environment[str]:
     """Give `os.environ` as it is now with `changes` over it; None removes a name."""
     if changes is not None and not isinstance(changes, Mapping):
@@ -199,7 +218,7 @@ def working_directory(value: StrPath | None) -> str:
     return directory
 
 
-@_without_locals
+@without_locals
 def check_tokens(spec: ServerSpec) -> ServerSpec:
     """Give it back; raise SpecError for a `{port:NAME}` whose name is not among the server's ports."""
     for checked in (*spec.command, *(spec.environment[key] for key in spec.templated)):
@@ -251,6 +270,13 @@ def _share(value: object) -> int | None:
 def with_devices(environment: Mapping[str, str], devices: Iterable[str]) -> Environment[str]:
     """Give an environment in which CUDA sees exactly these devices (UUIDs), in this order."""
     return Environment({**environment, "CUDA_VISIBLE_DEVICES": ",".join(devices), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
+
+
+def environment_on(spec: ServerSpec, devices: Iterable[str]) -> dict[str, str]:
+    """Give a server's environment on these devices."""
+    is_named = spec.gpus is not None and spec.gpus.named_in is not None
+    chosen = () if is_named else tuple(devices)
+    return with_devices(spec.environment, chosen) if chosen else spec.environment
 
 
 def check_devices_are_not_named(changes: Mapping[str, str | None] | None) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from harness import asynchronous, journal, procfs
 from harness.errors import HarnessError, NotReady, ServerExited
-from harness.readiness import HttpOk, LogLine, PortOpen
+from harness.readiness import Check
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,7 +76,7 @@ def _probe(server: Server) -> Probe | None:
     check = server.ready
     if check is None:
         return None
-    if isinstance(check, (HttpOk, PortOpen, LogLine)):
+    if isinstance(check, Check):
         return check.begin(server)
     return _Callable(server, check)
 
@@ -124,7 +124,7 @@ def _say_what_is_awaited(word: journal.Wait, waits: list[_Wait]) -> None:
 
 def _described(check: object) -> str:
     """Name a check for reports that are kept and shown to others: a query, or a user's own arguments, may be secret."""
-    if isinstance(check, (HttpOk, PortOpen, LogLine)):
+    if isinstance(check, Check):
         return repr(check).partition("?")[0]
     return str(getattr(getattr(check, "func", check), "__qualname__", type(check).__qualname__))
 
@@ -163,7 +163,8 @@ def _step(wait: _Wait, probe: Probe, waited_s: float) -> bool:
     except Exception as error:
         asynchronous.check()  # who was not waited for any more is not stopped
         what = f"failed its readiness check {wait.server.ready!r} after {waited_s:.2f} s: "
-        failure = _not_ready(wait, what + repr(error), reason=what + type(error).__name__)
+        why = error.message if isinstance(error, HarnessError) else repr(error)
+        failure = _not_ready(wait, what + why, reason=what + type(error).__name__)
         with contextlib.suppress(HarnessError):
             wait.server.stop()
         raise failure from error

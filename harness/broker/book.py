@@ -23,6 +23,10 @@ class Who:
     namespace: int
 
 
+# A share that keeps nobody from a device but who wants it whole: its holder is only to have its memory watched.
+WATCHED_MIB = 1
+
+
 @dataclass(frozen=True)
 class Want:
     """`count` of the `candidates` (UUIDs, the preferred first), whole or a share of `memory_mib` of each."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from harness.broker import verdicts
-from harness.broker.book import Baseline, Book, Lease, Quarantine, Tenant, Waiter
+from harness.broker.book import WATCHED_MIB, Baseline, Book, Lease, Quarantine, Tenant, Waiter
 from harness.broker.readings import Fault, Reading
 
 # By UUID: the device's generation when the reading was begun, and the reading.
@@ -99,10 +99,20 @@ def _decide(book: Book, waiter: Waiter, readings: Readings) -> Answer:
 
 def _is_awaited(book: Book, uuid: str, waiter: Waiter, readings: Readings) -> bool:
     """Say whether somebody who came earlier could use a device."""
+    if _goes_ahead(book, waiter):
+        return False
     return any(
         other.ticket < waiter.ticket and uuid in other.want.candidates and not _hindrance(book, uuid, other, readings)
         for other in book.waiters
     )
+
+
+def _goes_ahead(book: Book, waiter: Waiter) -> bool:
+    # The servers of one process may wait for one another, as ranks do. Behind somebody who waits for whole devices the
+    # second of them would wait for ever: that one waits for the first.
+    if waiter.want.memory_mib != WATCHED_MIB:
+        return False
+    return any(lease.broker == waiter.broker and WATCHED_MIB in lease.devices.values() for lease in book.leases)
 
 
 def _hindrance(book: Book, uuid: str, waiter: Waiter, readings: Readings) -> str:

@@ -39,6 +39,8 @@ _MOST_CHARACTERS = 300
 _SLOW_S = 0.1
 # NVML's start takes 10 ms, and seconds where no persistence mode keeps the driver loaded.
 _OPEN_S = 30.0
+# How long somebody who only wants devices watched waits for one that cannot be read.
+_WATCH_S = 2.0
 
 
 @dataclass
@@ -207,20 +209,34 @@ class Waits:
             self._readings = {}  # they were baselines of devices that nobody had
             self._granted(waiting.number, waiting.id, waiting.request, answer.devices)
         elif isinstance(answer, grants.Refused):
-            self._refuse(waiting, answer.text)
+            is_quarantined = any(uuid in self._edits.read().quarantines for uuid in self._candidates_of(waiting))
+            (self._refuse if is_quarantined else self._refuse_unknown)(waiting, answer.text)
+        elif self._cannot_be_watched(waiting):
+            self._refuse_unknown(waiting, "its devices cannot be read")
         else:
             book = self._edits.read()
             for uuid in answer.needs:
                 self._ask(book, uuid)
 
+    @staticmethod
+    def _candidates_of(waiting: _Waiting) -> tuple[str, ...]:
+        return () if waiting.waiter is None else waiting.waiter.want.candidates
+
+    def _cannot_be_watched(self, waiting: _Waiting) -> bool:
+        """Say whether it wants all that is visible, and one of that has not been readable for a while."""
+        if waiting.request.count or time.monotonic() - waiting.began < _WATCH_S:
+            return False
+        readings = [self._readings.get(uuid, (0, None))[1] for uuid in self._candidates_of(waiting)]
+        return any(isinstance(reading, Fault) for reading in readings)
+
     def _resolve(self, waiting: _Waiting, now: float) -> bool:
         """Find out which devices it may be; False if that is not known yet, or if it has been refused."""
         if self._opened is None:
             if now - waiting.began >= _OPEN_S:
-                self._refuse(waiting, f"NVML has not answered for {_OPEN_S:g} s: the driver hangs")
+                self._refuse_unknown(waiting, f"NVML has not answered for {_OPEN_S:g} s: the driver hangs")
             return False
         if self._opened.failure:
-            self._refuse(waiting, self._opened.failure, is_absent=self._opened.is_absent)
+            self._refuse_unknown(waiting, self._opened.failure, is_absent=self._opened.is_absent)
             return False
         try:
             candidates = self._candidates(waiting.request)
@@ -228,10 +244,10 @@ class Waits:
             self._refuse(waiting, str(error), is_absent=True)
             return False
         except visible.VisibilityError as error:
-            self._refuse(waiting, str(error))
+            self._refuse_unknown(waiting, str(error))
             return False
         request = waiting.request
-        want = Want(request.count, tuple(device.uuid for device in candidates), request.memory_mib)
+        want = Want(request.count or len(candidates), tuple(device.uuid for device in candidates), request.memory_mib)
         name, test = request.name[:_MOST_CHARACTERS], request.test[:_MOST_CHARACTERS]
         waiting.waiter = Waiter(0, waiting.id, name, test, self._me, time.time(), want)
         return True
@@ -241,10 +257,10 @@ class Waits:
         chosen = seen
         if request.devices:
             chosen = visible.pick(seen, [int(name) if name.isdecimal() else name for name in request.devices])
-        if not 0 < request.count <= len(chosen):
+        if not chosen or not 0 <= request.count <= len(chosen):
             setting = "is not set" if request.visible is None else f"is {request.visible!r}"
             raise TooFew(
-                f"{request.count} GPUs are wanted, but this process sees {len(seen)} of the machine's"
+                f"{request.count or 'some'} GPUs are wanted, but this process sees {len(seen)} of the machine's"
                 f" {len(self.devices)} (CUDA_VISIBLE_DEVICES {setting})"
             )
         return chosen
@@ -264,6 +280,10 @@ class Waits:
         del self._waiting[waiting.number]
         self._withdraw(waiting)
         self._report(LeaseStatus(waiting.number, "absent" if is_absent else "refused", text, []))
+
+    def _refuse_unknown(self, waiting: _Waiting, text: str, *, is_absent: bool = False) -> None:
+        # Who wants all that is visible to its server goes on without, where that cannot be told.
+        self._refuse(waiting, text, is_absent=is_absent or waiting.request.count == 0)
 
     def _withdraw(self, waiting: _Waiting) -> None:
         if waiting.is_enqueued:

@@ -54,6 +54,11 @@ class Follower:
         with contextlib.suppress(OSError):
             self._send({"name": name, "path": os.path.abspath(path), "start": start})
 
+    @property
+    def pid(self) -> int | None:
+        """Give the program's process; None if it has none, or another process's."""
+        return None if self._process is None or self._owner != os.getpid() else self._process.pid
+
     def _send(self, order: dict[str, object]) -> None:
         line = json.dumps(order).encode() + b"\n"
         # Up to this length a pipe takes all or nothing, also of several processes at a time (pipe(7)).
@@ -93,6 +98,11 @@ def _flags() -> list[str]:
 
 
 _followers: weakref.WeakSet[Follower] = weakref.WeakSet()
+
+
+def pids() -> list[int]:
+    """Give the processes of this process that follow logs."""
+    return [follower.pid for follower in _followers if follower.pid is not None]
 
 
 def _disown_all() -> None:

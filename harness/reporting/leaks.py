@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from harness import listeners, logs, procfs, stopping
+from harness import listeners, logs, procfs, shutdowns
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from harness.journal import Owner
     from harness.leasing import GpuLease
-    from harness.link import Link
     from harness.reporting.witness import Witness
     from harness.server import Server
 
@@ -101,13 +100,6 @@ def _is_from(server: Server, pid: int) -> bool:
 
 
 def end(leaks: Sequence[Leak]) -> None:
-    """Stop the servers, in parallel for each watchdog, and give the leases back."""
-    by_link: dict[Link, list[Server]] = {}
-    for leak in leaks:
-        if leak.server is not None and not leak.server.has_ended:
-            by_link.setdefault(leak.server.link, []).append(leak.server)
-    for link, servers in by_link.items():
-        stopping.stop(link, servers, None)
-    for leak in leaks:
-        if leak.lease is not None:
-            leak.lease.end()
+    """Stop the servers, all in parallel, and give the leases back; what fails is raised when all is done."""
+    stops = shutdowns.stops_of(leak.server for leak in leaks if leak.server is not None)
+    shutdowns.run(stops, [leak.lease.end for leak in leaks if leak.lease is not None])

@@ -34,7 +34,7 @@ class Kept:
         """Hold the ports, record the server and fork the keeper; raises OSError, with nothing held, if that fails."""
         self.key = key
         self.name = launch.name
-        self._holds = PortHolds(["", *launch.ports])
+        self._holds = PortHolds(["", *launch.ports], launch.port or 0, launch.host)
         self.ports = self._holds.ports
         self._root_pidfd: int | None = None
         self.root = 0
@@ -132,8 +132,9 @@ def _filled(launch: Launch, ports: dict[str, int], mark: str) -> Launch:
     environment = {**launch.environment, MARK: mark}
     for name in launch.templated:
         environment[name] = templates.fill(environment[name], values)
-    command = [templates.fill(argument, values) for argument in launch.command]
-    return launch.replaced(command=command, environment=environment)
+    if not launch.is_literal:
+        launch = launch.replaced(command=[templates.fill(argument, values) for argument in launch.command])
+    return launch.replaced(environment=environment)
 
 
 def _fork(launch: Launch, log: Log, entry: Entry, crash_grace_s: float) -> tuple[socket.socket, int]:

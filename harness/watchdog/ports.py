@@ -10,29 +10,36 @@ the same port on ::1, where whoever connects to `localhost` looks first.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 
 
 class PortHolds:
     """The ports of one server, held until `close`."""
 
-    def __init__(self, names: list[str]) -> None:
-        """Hold one port for each name; raises OSError, holding none, if that fails."""
+    def __init__(self, names: list[str], main: int = 0, host: str = "") -> None:
+        """Hold one port for each name; raises OSError, holding none, if that fails.
+
+        For "" it is this `main` one, on `host` alone if that is an address.
+        """
         self._sockets: list[socket.socket] = []
         self.ports: dict[str, int] = {}
         try:
             for name in names:
-                self.ports[name] = self._hold()
+                self.ports[name] = self._hold(*((0, "") if name else (main, host)))
         except OSError:
             self.close()
             raise
 
-    def _hold(self) -> int:
-        holder, address = _unbound()
+    def _hold(self, wanted: int, host: str) -> int:
+        holder, address = _unbound(host)
         self._sockets.append(holder)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        holder.bind((address, 0))
+        try:
+            holder.bind((address, wanted))
+        except OSError as error:
+            raise OSError(error.errno, f"port {wanted}: {error.strerror}" if wanted else error.strerror) from None
         port: int = holder.getsockname()[1]
         return port
 
@@ -42,8 +49,12 @@ class PortHolds:
             self._sockets.pop().close()
 
 
-def _unbound() -> tuple[socket.socket, str]:
-    # Never listens; the address must cover every one that the server may choose.
+def _unbound(host: str) -> tuple[socket.socket, str]:
+    # Never listens; without a host the address must cover every one that the server may choose.
+    for family in (socket.AF_INET, socket.AF_INET6) if host else ():
+        with contextlib.suppress(OSError):
+            socket.inet_pton(family, host)
+            return socket.socket(family, socket.SOCK_STREAM), host
     try:
         holder = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
     except OSError:

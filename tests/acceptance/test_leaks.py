@@ -331,7 +331,7 @@ def test_a_factory_that_stops_nothing_is_charged_and_not_who_calls_it(pytester: 
     assert charged(result, r"server 'made' .* by fixture 'makes' \(scope module\)") == ["test_last"]
 
 
-def test_a_fixture_that_fails_after_its_launch(pytester: pytest.Pytester) -> None:
+def test_what_a_fixture_has_launched_that_fails_is_ended_at_once(pytester: pytest.Pytester) -> None:
     suite = """
     @pytest.fixture(scope="module")
     def model(watchdog):
@@ -340,10 +340,42 @@ def test_a_fixture_that_fails_after_its_launch(pytester: pytest.Pytester) -> Non
 
     def test_it(model):
         pass
+
+    def test_next(watchdog):
+        (server,) = watchdog.servers
+        assert (server.outcome.how, server.pids()) == ("asked", [])
     """
     result = run(pytester, suite, STRICT)
-    assert charged(result, "server 'model'") == ["test_it"]
-    result.assert_outcomes(errors=2)
+    assert charged(result, "server 'model'") == []
+    result.assert_outcomes(errors=1, passed=1)
+
+
+def test_what_a_test_has_left_whose_server_did_not_start_is_ended_and_nothing_else(pytester: pytest.Pytester) -> None:
+    suite = """
+    @pytest.fixture(scope="module")
+    def shared(watchdog):
+        return watchdog.launch(["sleep", "600"], name="shared")
+
+    @pytest.fixture(scope="module")
+    def make(watchdog):
+        with watchdog.group("made") as group:
+            yield lambda: group.launch(["sleep", "600"])
+
+    @pytest.mark.parametrize("how", ["passes", "fails", "fails to start"])
+    def test_leaves(shared, make, watchdog, how):
+        make()
+        watchdog.launch(["sleep", "600"], name=f"own: {how}")
+        if how == "fails to start":
+            watchdog.launch(["false"], name="no model").wait_ready()
+        assert how == "passes"
+
+    def test_next(shared, watchdog):
+        alive = [server.name for server in watchdog.servers if server.is_alive]
+        assert alive == ["shared", "made-0", "own: passes", "made-1", "own: fails", "made-2"]
+    """
+    result = run(pytester, suite)
+    result.assert_outcomes(failed=2, passed=2, warnings=4)
+    result.stdout.fnmatch_lines(["*The test failed after a server of it did not get ready: what it left was stopped.*"])
 
 
 def test_a_test_that_is_repeated_is_charged_each_time(pytester: pytest.Pytester) -> None:

@@ -334,7 +334,24 @@ def test_an_entry_is_there_and_locked_before_the_keeper_is_forked(
         raise OSError(11, "no more processes")
 
     monkeypatch.setattr(kept, "_fork", fail)
-    launch = Launch("it", ["a"], {}, [], "/", [], str(run / "it.log"), str(run), "root", 1.0, None, None, [])
+    launch = Launch(
+        "it",
+        ["a"],
+        {},
+        [],
+        "/",
+        [],
+        str(run / "it.log"),
+        str(run),
+        "root",
+        1.0,
+        None,
+        None,
+        [],
+        None,
+        "",
+        is_literal=False,
+    )
     log = Log(str(run / "watchdog.log"))
     book = ledger.Ledger(str(run), os.getppid(), log, use_cgroups=False)
     with pytest.raises(OSError, match="no more processes"):
@@ -350,7 +367,24 @@ def test_a_full_disk_costs_the_entry_not_the_launch(tmp_path: Path, monkeypatch:
     run = tmp_path / "runs" / "7-1"
     log = Log(str(run / "watchdog.log"))
     book = ledger.Ledger(str(run), os.getppid(), log, use_cgroups=False)
-    launch = Launch("it", ["a"], {}, [], "/", [], str(run / "it.log"), str(run), "root", 1.0, None, None, [])
+    launch = Launch(
+        "it",
+        ["a"],
+        {},
+        [],
+        "/",
+        [],
+        str(run / "it.log"),
+        str(run),
+        "root",
+        1.0,
+        None,
+        None,
+        [],
+        None,
+        "",
+        is_literal=False,
+    )
     monkeypatch.setattr(
         "harness.watchdog.ledger.os.write",
         lambda descriptor, data: 1 if b"{" in data else os.pwrite(descriptor, data, 0),
@@ -599,7 +633,24 @@ def test_a_sandbox_that_hides_facts_costs_the_entry_not_the_launch(
     run = tmp_path / "runs" / "7-1"
     log = Log(str(run / "watchdog.log"))
     book = ledger.Ledger(str(run), os.getppid(), log, use_cgroups=False)
-    launch = Launch("it", ["a"], {}, [], "/", [], str(run / "it.log"), str(run), "root", 1.0, None, None, [])
+    launch = Launch(
+        "it",
+        ["a"],
+        {},
+        [],
+        "/",
+        [],
+        str(run / "it.log"),
+        str(run),
+        "root",
+        1.0,
+        None,
+        None,
+        [],
+        None,
+        "",
+        is_literal=False,
+    )
     entry = book.open(1, launch)
     assert "the ledger is not complete: No such file" in (run / "watchdog.log").read_text(encoding="utf-8")
     with pytest.raises(entries.Unreadable):

@@ -104,10 +104,10 @@ def test_ports_are_given_back_when_not_all_can_be_held(monkeypatch: pytest.Monke
     hold = PortHolds._hold
     held: list[int] = []
 
-    def fail_at_the_second(holds: PortHolds) -> int:
+    def fail_at_the_second(holds: PortHolds, wanted: int, host: str) -> int:
         if held:
             raise OSError("no more")
-        held.append(hold(holds))
+        held.append(hold(holds, wanted, host))
         return held[0]
 
     monkeypatch.setattr(PortHolds, "_hold", fail_at_the_second)

@@ -43,7 +43,24 @@ class RawClient:
         self._replies: list[tuple[int, messages.Message]] = []
         command = [sys.executable, "-I", "-S", str(TREE_SERVER), str(directory), "--ignore"]
         log = directory / "server.log"
-        launch = Launch("a", command, {}, [], "/", [], str(log), str(directory), "root", 0.5, None, None, [])
+        launch = Launch(
+            "a",
+            command,
+            {},
+            [],
+            "/",
+            [],
+            str(log),
+            str(directory),
+            "root",
+            0.5,
+            None,
+            None,
+            [],
+            None,
+            "",
+            is_literal=False,
+        )
         launched = self.ask(KEY, messages.encode(launch))
         assert isinstance(launched, Launched)
         wait_for(lambda: log.exists() and b"ready" in log.read_bytes(), TIMEOUT_S, "the server is ready")
@@ -99,7 +116,24 @@ def wire(kind: object, /, **fields: object) -> bytes:
 
 
 def launch_with(**wrong: object) -> bytes:
-    right = Launch("b", ["sleep", "1000"], {}, [], "/", [], os.devnull, "/", "root", 0.5, None, None, []).as_dict()
+    right = Launch(
+        "b",
+        ["sleep", "1000"],
+        {},
+        [],
+        "/",
+        [],
+        os.devnull,
+        "/",
+        "root",
+        0.5,
+        None,
+        None,
+        [],
+        None,
+        "",
+        is_literal=False,
+    ).as_dict()
     return wire("Launch", **{**right, **wrong})
 
 

@@ -286,7 +286,24 @@ def test_no_process_of_ours_shows_it(running: harness.Watchdog, secret: str, tmp
 
 
 def test_no_message_shows_it(secret: str) -> None:
-    launch = messages.Launch("a", ["true"], secrets(), ["PLAIN"], "/", [], "/log", "/", "root", 1.0, None, None, [])
+    launch = messages.Launch(
+        "a",
+        ["true"],
+        secrets(),
+        ["PLAIN"],
+        "/",
+        [],
+        "/log",
+        "/",
+        "root",
+        1.0,
+        None,
+        None,
+        [],
+        None,
+        "",
+        is_literal=False,
+    )
     assert secret.encode() in bytes(messages.encode(launch))
     assert secret not in repr(launch) + repr(messages.encode(launch))
 

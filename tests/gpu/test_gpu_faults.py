@@ -459,7 +459,7 @@ def test_a_broker_that_can_write_nothing_down_does_not_outlive_its_run(
     next_one(machine, machine.uuids[0]).close()
 
 
-@pytest.mark.parametrize("wrong", [{"count": 0}, {"count": -1}, {"memory_mib": 0}, {"memory_mib": -5}])
+@pytest.mark.parametrize("wrong", [{"count": 99}, {"count": -1}, {"memory_mib": 0}, {"memory_mib": -5}])
 def test_a_request_that_no_client_of_ours_makes_harms_nobody(
     standin: Standin, watchdog: harness.Watchdog, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, int]
 ) -> None:

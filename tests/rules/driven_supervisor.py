@@ -25,7 +25,25 @@ def launch_of(
     devices: list[str] | None = None,
 ) -> Launch:
     """Give a request to launch a server."""
-    return Launch(name, ["program"], {}, [], "/", [], "/log", "/", "root", grace_s, deadline_s, lease, devices or [])
+    named = devices or []
+    return Launch(
+        name,
+        ["program"],
+        {},
+        [],
+        "/",
+        [],
+        "/log",
+        "/",
+        "root",
+        grace_s,
+        deadline_s,
+        lease,
+        named,
+        None,
+        "",
+        is_literal=False,
+    )
 
 
 def begin_of(deadline_s: float | None = 10.0, grace_s: float = 8.0) -> BeginTest:

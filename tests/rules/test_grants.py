@@ -72,6 +72,20 @@ def test_all_or_nothing_in_arrival_order() -> None:
     assert set(book.leases[-1].devices) == {A}
 
 
+def test_who_only_watches_goes_ahead_of_others_when_its_process_watches_already() -> None:
+    """The others wait for the first of its servers, which may wait for the second: ranks of one deployment."""
+    other = Who(11, 1, 7)
+    book = granted(queue(waiter("rank0", 1, A, mib=1)), "rank0", A)
+    book = queue(waiter("whole", 2, A, B, broker=other), waiter("rank1", 2, A, B, mib=1), book=book)
+    book = queue(waiter("stranger", 2, A, B, mib=1, broker=other), waiter("share", 1, B, mib=2), book=book)
+    assert answer_of(book, "stranger", A, B) == grants.Waits()
+    assert answer_of(book, "share", A, B) == grants.Waits()
+    book = granted(book, "rank1", A, B)
+    assert book.leases[-1].devices == {A: 1, B: 1}
+    book = granted(grants.end(grants.end(book, "rank0", [A]), "rank1", [A, B]), "whole", A, B)
+    assert answer_of(book, "stranger", A, B) == grants.Waits()
+
+
 def test_shares_pack_one_device_and_no_more_than_it_has() -> None:
     book = queue(*(waiter(f"s{n}", 1, A, B, mib=40_000) for n in range(3)), waiter("w", 1, A, B))
     book = granted(granted(book, "s0", A, B), "s1", A, B)

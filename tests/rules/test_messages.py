@@ -45,6 +45,9 @@ EACH: list[Message] = [
         deadline_s=60.0,
         lease=9,
         devices=["GPU-1"],
+        port=8000,
+        host="127.0.0.1",
+        is_literal=True,
     ),
     messages.Adopt("a", 50, 7, 15.0),
     messages.Stop([1, 2], None, kill=False),
@@ -210,7 +213,10 @@ def test_a_launch_shows_no_environment() -> None:
 
 
 def test_a_message_that_cannot_be_encoded_is_not_shown_either() -> None:
-    launch = messages.Launch("a", ["true"], {"A": "secret", "B": 5j}, [], "/", [], "", "", "root", 1.0, None, None, [])  # type: ignore[dict-item]
+    environment: dict[str, str] = {"A": "secret", "B": 5j}  # type: ignore[dict-item]
+    launch = messages.Launch(
+        "a", ["true"], environment, [], "/", [], "", "", "root", 1.0, None, None, [], None, "", is_literal=False
+    )
     with pytest.raises(TypeError) as caught:
         encode(launch)
     frames = [entry.frame for entry in caught.traceback[1:]]

@@ -8,23 +8,46 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness import procfs
 
-SUITE = Path(__file__).with_name("demo_suite")
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-n", "2"]
-# The demo kills the run once the servers of both workers are up; a worker's test has at least this many processes.
-ENOUGH_SERVER_PROCESSES = 6
 # Nothing has come or gone for so long: the servers have started and are being used.
 STEADY_S = 0.5
+OWN = {
+    "harness-watchd": "watchdog of a worker",
+    "harness-broker": "broker of a watchdog: GPUs",
+    "harness-keeper": "keeper of a server",
+}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is run and killed. The demo kills it once so many server processes are up, and `is_at_work` says so."""
+
+    folder: Path
+    enough_processes: int
+    note: str
+    timeout_s: float = 60.0
+    environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    is_at_work: Callable[[], bool] = lambda: True
+    facts: Callable[[], list[str]] = list
 
 
 def main() -> int:
-    title(f"1. A suite that launches real servers ({SUITE.name}/test_demo.py) under pytest -n 2")
-    code = subprocess.run([*PYTEST, "-v", "--durations=0", "--durations-min=0.5", str(SUITE)], check=False).returncode
+    # A worker's test has at least three processes of servers.
+    note = "a server that ignores SIGTERM gets its grace, here 1.0 s, and is then killed"
+    suite = Suite(Path(__file__).with_name("demo_suite"), enough_processes=6, note=note)
+    title(f"1. A suite that launches real servers ({suite.folder.name}/test_demo.py) under pytest -n 2")
+    code = run_to_its_end(suite, "--durations=0", "--durations-min=0.5")
     title("2. The same suite, and pytest and both workers killed with SIGKILL in the middle")
-    left = kill_in_the_middle()
+    left = kill_in_the_middle(suite)
     return 1 if code or left else 0
 
 
@@ -32,13 +55,24 @@ def title(text: str) -> None:
     print(f"\n\033[1m{text}\033[0m\n" if sys.stdout.isatty() else f"\n{text}\n{'=' * len(text)}", flush=True)
 
 
-def kill_in_the_middle() -> int:
+def run_to_its_end(suite: Suite, *options: str) -> int:
+    command = [*PYTEST, "-v", *options, str(suite.folder)]
+    return subprocess.run(command, env=suite.environment, check=False).returncode
+
+
+def kill_in_the_middle(suite: Suite) -> int:
     run = subprocess.Popen(
-        [*PYTEST, "-q", str(SUITE)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        [*PYTEST, "-q", str(suite.folder)],
+        env=suite.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
-    pids = wait_for_servers(run)
+    pids = wait_for_servers(run, suite)
     print("Before:")
     show(pids)
+    for fact in suite.facts():
+        print(fact)
     pidfds = {pid: os.pidfd_open(pid) for pid in pids}
     started = time.monotonic()
     os.killpg(run.pid, signal.SIGKILL)
@@ -47,39 +81,46 @@ def kill_in_the_middle() -> int:
     print(f"\nkill -9 of pytest and its workers. {max(ends_ms.values(), default=0.0):.0f} ms after it:")
     left = {pid: text for pid, text in pids.items() if pid not in ends_ms}
     show(left)
-    for kind in ("pytest", "server", "keeper", "watchdog"):
-        times = [ends_ms[pid] for pid, text in pids.items() if text.startswith(kind) and pid in ends_ms]
-        count = sum(text.startswith(kind) for text in pids.values())
-        print(f"  {len(times)} of {count} {kind} processes gone, the last after {max(times, default=0.0):.0f} ms")
-    print("  (a server that ignores SIGTERM gets its grace, here 1.0 s, and is then killed)")
+    show_ends(pids, ends_ms)
+    print(*suite.facts(), f"  ({suite.note})", sep="\n")
     return len(left)
 
 
-def wait_for_servers(run: subprocess.Popen[bytes]) -> dict[int, str]:
+def show_ends(pids: dict[int, str], ends_ms: dict[int, float]) -> None:
+    for kind in ("pytest", "server", "keeper", "broker", "watchdog"):
+        times = [ends_ms[pid] for pid, text in pids.items() if text.startswith(kind) and pid in ends_ms]
+        count = sum(text.startswith(kind) for text in pids.values())
+        if count:
+            print(f"  {len(times)} of {count} {kind} processes gone, the last after {max(times, default=0.0):.0f} ms")
+
+
+def wait_for_servers(run: subprocess.Popen[bytes], suite: Suite) -> dict[int, str]:
     """Wait until enough servers are up and at work; give every process of the run with what it is."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + suite.timeout_s
     seen: dict[int, str] = {}
     since = 0.0
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and run.poll() is None:
         found = {pid: kind_of(pid, run.pid) for pid in [run.pid, *procfs.descendants(run.pid)]}
         if found != seen:
             seen, since = found, time.monotonic()
-        is_enough = sum(text.startswith("server") for text in found.values()) >= ENOUGH_SERVER_PROCESSES
-        if is_enough and time.monotonic() - since > STEADY_S:
+        is_enough = sum(text.startswith("server") for text in found.values()) >= suite.enough_processes
+        if is_enough and time.monotonic() - since > STEADY_S and suite.is_at_work():
             return found
         time.sleep(0.02)  # processes of others appear without telling us
-    raise SystemExit("the suite did not launch its servers within 60 s")
+    if run.poll() is None:
+        os.killpg(run.pid, signal.SIGKILL)
+    raise SystemExit(f"the suite did not launch its servers, or not within {suite.timeout_s:.0f} s")
 
 
 def kind_of(pid: int, run: int) -> str:
-    comm = Path(f"/proc/{pid}/comm")
-    name = comm.read_text(encoding="utf-8").strip() if comm.exists() else ""
+    try:
+        name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
+    except OSError:
+        name = ""  # it has just ended
     line = procfs.command_line(pid)
     found = procfs.stat(pid)
-    if name == "harness-watchd":
-        return "watchdog of a worker"
-    if name == "harness-keeper":
-        return "keeper of a server"
+    if name in OWN:
+        return OWN[name]
     if pid == run or (found is not None and found.parent == run):
         return "pytest" if pid == run else "pytest worker"
     shown = " ".join(Path(word).name if word.startswith("/") else word for word in line.split())

@@ -54,8 +54,8 @@ def _own() -> set[int]:
 
 def _check(pid: int) -> None:
     own = _own()
-    helpers = {child for watchdog in own for child in procfs.children(watchdog)}  # keepers, and what reads GPUs
-    if pid in own | helpers:
+    below = {child for watchdog in own for child in procfs.children(watchdog)}  # keepers, and what reads GPUs
+    if pid in own | below:
         raise SpecError(f"process {pid} is the harness's own: it ends by itself")
     if pid not in procfs.descendants(os.getpid()) and _is_there(pid):
         raise SpecError(f"process {pid} was not started by this process, nor by a server of it: it is left alone")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def program(name: str) -> list[str]:
     """Give the command of a program in tests/servers."""
-    return [sys.executable, str(FOLDER / name)]
+    return [sys.executable, "-I", "-S", str(FOLDER / name)]
 
 
 class Server(RemoteOpenAIServer):

@@ -54,9 +54,7 @@ def test_what_was_there_and_what_comes_is_python(section: str) -> None:
 
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize(
-    ("section", "workers"),
-    # SGLang's suite has a fixed port, so its workers would meet.
-    [(section, workers) for section in SECTIONS for workers in (0, 2) if not workers or section != SECTIONS[1]],
+    ("section", "workers"), [*((section, 0) for section in SECTIONS), (SECTIONS[0], 2), (SECTIONS[2], 2)]
 )
 def test_what_comes_works(section: str, workers: int, pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_it=side(diffs()[section], "+"))

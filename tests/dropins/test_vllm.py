@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import processes
 import pytest
 from dropins.serving import Plain, Server, program
-from servers.commands import READY_S
+from servers.commands import FOLDER, READY_S
 
 import harness
 from harness import current, vllm
@@ -395,7 +395,8 @@ def test_a_process_that_a_dead_watchdog_cannot_own_is_ended(kind: str, run_scrip
     """And pytest can end: multiprocessing waits for its children at exit."""
     said = run_script(
         f"""
-        import os, signal, subprocess
+        import os, signal, subprocess, sys
+        sys.path.insert(0, {str(FOLDER.parent)!r})
         import harness, processes
         from harness import current
         from harness.vllm import RemoteOpenAIServer, RemoteOpenAIServerCustom

@@ -31,9 +31,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+# With `python -S` nothing of the environment runs in each of these many processes; the one library is found anyway.
+_ENVIRONMENT = os.path.dirname(os.path.dirname(sys.executable))
+sys.path.append(f"{_ENVIRONMENT}/lib/python3.{sys.version_info[1]}/site-packages")
 try:
     from setproctitle import setproctitle as set_title
-except ImportError:  # under `python -S`
+except ImportError:
 
     def set_title(title: str) -> None:
         """Set the name alone; the command line stays as it is."""

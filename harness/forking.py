@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -27,7 +28,7 @@ from harness import platform
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from multiprocessing.context import ForkProcess
 
 _BOOT = Path(__file__).with_name("watchdog") / "boot.py"
@@ -163,7 +164,8 @@ def _fork(config: dict[str, object]) -> tuple[ForkProcess, int]:
             # Python 3.12 warns of every fork in a process with threads (a pytest-xdist worker has some): a lock that
             # one of them holds stays locked in the child. This child takes none: it executes another program.
             warnings.filterwarnings("ignore", message=".*multi-threaded", category=DeprecationWarning)
-            process.start()
+            with _no_collection():
+                process.start()
         _wait_until_up(process, ours.fileno())
         return process, os.dup(ours.fileno())
     except (OSError, AssertionError) as error:
@@ -172,6 +174,18 @@ def _fork(config: dict[str, object]) -> tuple[ForkProcess, int]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         ours.close()
         theirs.close()
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    # In the child it would run the destructors of the test process's objects, some of which take locks.
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _wait_until_up(process: ForkProcess, pipe: int) -> None:

@@ -20,7 +20,6 @@ class _Process:
     """What is known of this process; a forked child begins anew."""
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
         self.lock = threading.RLock()
         self.sources: list[Callable[[], Watchdog]] = []
         self.own: Watchdog | None = None

@@ -126,6 +126,8 @@ def _launched(start: _Start, env: Mapping[str, str] | None) -> ServerProcess:
             with contextlib.suppress(HarnessError):  # why it failed is what is to be read
                 each.kill()
             _end_tee(each)
+        if tee is not None:
+            tee.end()
         if tee is not None and isinstance(error, HarnessError):
             error.log_tail = "\n".join(filter(None, (error.log_tail, tee.error_tail(_TAIL_LINES))))
         raise

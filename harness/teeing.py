@@ -53,9 +53,11 @@ class Tee:
         return "\n".join(logs.printable(self._recent).splitlines()[-lines:])
 
     def end(self) -> None:
-        """Wait until all is copied that the server, which has ended, has written."""
+        """Wait until all is copied that the server, which has ended or was never launched, has written."""
         if self._thread is not None:
             self._thread.join(_END_S)
+        else:
+            self._errors.close()
 
     def _copy(self, server: Server) -> None:
         with contextlib.suppress(OSError), server.log_path.open("rb") as output, self._errors as errors:

@@ -6,6 +6,7 @@ happens to pytest. What behaves otherwise than there is on the page MIGRATION.md
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 from typing import TYPE_CHECKING, ClassVar
@@ -86,13 +87,14 @@ class RemoteOpenAIServerCustom(RemoteOpenAIServer):
 
     def _adopt(self, name: str) -> None:
         gate = self._gate
-        if gate is None:
+        if gate is None:  # a subclass has started a process of its own
+            super()._adopt(name)
             return
         while self.proc.exitcode is None and not gate.poll(_GATE_S):
             pass  # until it leads a session, and a process group that is not this process's
         super()._adopt(name)
-        gate.send_bytes(b"go")
-        gate.close()
+        with gate, contextlib.suppress(OSError):  # it may have died meanwhile: the wait says how
+            gate.send_bytes(b"go")
 
     def _end_failed_start(self) -> None:
         super()._end_failed_start()

@@ -251,6 +251,12 @@ def test_a_url_that_cannot_be_is_refused(url: str, own: harness.Watchdog) -> Non
     assert own.servers == ()
 
 
+def test_files_of_a_server_that_cannot_be_launched_are_let_go(base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "COMMAND", ["nul\0"])
+    with pytest.raises(harness.SpecError, match="NUL"):
+        popen_launch_server("m", base_url, READY_S, return_stdout_stderr=(io.StringIO(), io.StringIO()))
+
+
 def test_a_port_that_is_taken_says_by_whom(base_url: str, own: harness.Watchdog) -> None:
     process = popen_launch_server("m", base_url, READY_S)
     with pytest.raises(harness.HarnessError, match=f"pid {process.pid}|a process that is not this server's|exit code"):

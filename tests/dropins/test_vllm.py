@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -376,6 +377,18 @@ def test_a_function_sees_what_the_test_has_changed(monkeypatch: pytest.MonkeyPat
     with pytest.raises(harness.ServerExited, match="exit code 5") as caught:
         RemoteOpenAIServerCustom("m", [], serve)
     assert caught.value.returncode == 5
+
+
+def test_a_subclass_of_a_function_may_start_a_process_of_its_own() -> None:
+    class Own(RemoteOpenAIServerCustom):
+        def _start_server(self, model: str, vllm_serve_args: list[str], env_dict: Mapping[str, str] | None) -> None:
+            arguments = (env_dict, model, vllm_serve_args)
+            self.proc = multiprocessing.get_context("fork").Process(target=serve, args=arguments)
+            self.proc.start()
+
+    with Own("m", [], serve) as server:
+        assert status_of(server.url_for("health")) == 200
+    assert server.proc.exitcode == 0
 
 
 def test_servers_of_every_kind_are_shut_down_together() -> None:

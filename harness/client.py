@@ -228,15 +228,20 @@ class Watchdog(Launcher):
             if register is not None:
                 register(server)
         except WatchdogDied:
-            link.abandon(key)  # a launch that takes too long may still succeed
+            self._abandon(link, key)  # a launch that takes too long may still succeed
             raise
         except HarnessError:
             raise
         except BaseException:
-            link.abandon(key)  # Ctrl-C, or pytest-timeout's SIGALRM
+            self._abandon(link, key)  # Ctrl-C, or pytest-timeout's SIGALRM
             raise
         else:
             return server
+
+    def _abandon(self, link: Link, key: int) -> None:
+        stopped = link.abandon(key)
+        if stopped is not None:
+            stopping.record([server for server in self.servers if (server.link, server.key) == (link, key)], stopped)
 
     def _owner_of(self, spec: specs.ServerSpec) -> journal.Owner | None:
         return spec.owner or self.owner or journal.owner()
@@ -255,14 +260,16 @@ class Watchdog(Launcher):
         Best effort: a daemon that leaves its tree unseen is not found, and its return code is known to its parent
         alone, which must reap it. Raises SpecError if `pid` is no living descendant of this process.
         """
-        link = self._started()
-        checked = specs.seconds(grace_s, "grace_s")
-        found = self._own_descendant(link, pid)
         chosen = specs.name(name) if name is not None else f"adopted-{pid}"
-        spec = specs.ServerSpec(name=chosen, grace_s=checked)
-        request = messages.Adopt(chosen, pid, found.start_time, checked)
+        return self.adopt_spec(pid, specs.ServerSpec(name=chosen, grace_s=specs.seconds(grace_s, "grace_s")))
+
+    def adopt_spec(self, pid: int, spec: specs.ServerSpec, register: Callable[[Server], None] | None = None) -> Server:
+        """Own a process by a specification that has been checked; for `adopt`, and for drop-ins, which register it."""
+        link = self._started()
+        found = self._own_descendant(link, pid)
+        request = messages.Adopt(spec.name or "", pid, found.start_time, spec.grace_s)
         try:
-            return self._launch(link, request, spec, Path(os.devnull))
+            return self._launch(link, request, spec, Path(os.devnull), register)
         except LaunchFailed as error:
             raise SpecError(str(error)) from None
 

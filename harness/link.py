@@ -94,10 +94,12 @@ class Link:
         self._has_launched = True
         self._exchange(number, request, messages.Done, 0.0)
 
-    def abandon(self, key: int) -> None:
-        """Kill a server whose launch was interrupted, wherever that was: nobody will ever hold it."""
-        with contextlib.suppress(HarnessError):
-            self.request(messages.Stop([key], None, kill=True), messages.Stopped)
+    def abandon(self, key: int) -> messages.Stopped | None:
+        """Kill a server whose launch was interrupted, wherever that was; give how it ended, None if nobody knows."""
+        try:
+            return self.request(messages.Stop([key], None, kill=True), messages.Stopped)
+        except HarnessError:
+            return None
 
     def _remember_keeper(self, pid: int) -> None:
         keeper = procfs.stat(pid) if pid else None

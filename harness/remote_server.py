@@ -120,12 +120,16 @@ class RemoteVLLMServer:
 
     def _adopt(self, name: str) -> None:
         try:
-            self._server = self._watchdog.adopt(self.proc.pid, name=name, grace_s=self._grace_s)
+            spec = specs.ServerSpec(name=specs.name(name), grace_s=self._grace_s)
+            self._watchdog.adopt_spec(self.proc.pid, spec, self._hold_server)
         except SpecError:
             code = self._poll()
             if code is None:
                 raise
             raise ServerExited(f"{name!r} ended with {describe(code)}", server=name, returncode=code) from None
+
+    def _hold_server(self, server: Server) -> None:
+        self._server = server
 
     def _end_failed_start(self) -> None:
         # Why it failed is what is to be read.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -70,6 +71,30 @@ def test_an_interrupted_launch_leaves_no_server_that_nobody_holds(watchdog: harn
         assert watchdog.launch(["true"]).wait(timeout_s=30).how == "exited"
         assert processes_of(watchdog) == []
     assert 0 < interrupts < TRIALS
+
+
+@pytest.mark.parametrize("kind", ["launched", "adopted"])
+def test_a_launch_that_is_interrupted_once_it_is_known_has_an_outcome(
+    watchdog: harness.Watchdog, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """It is in `servers` by then: without its outcome it would count as alive until the watchdog ends."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        monkeypatch.undo()
+        raise Interrupt
+
+    command = ["sleep", "1000"]
+    with subprocess.Popen(command) as own:
+        monkeypatch.setattr(harness.Server, "note", interrupt)
+        with pytest.raises(Interrupt):
+            watchdog.launch(command) if kind == "launched" else watchdog.adopt(own.pid)
+        own.kill()
+    server = watchdog.servers[-1]
+    assert server.name != "true-0"
+    assert server.has_ended
+    assert server.outcome is not None
+    assert server.outcome.how == "killed"
+    assert processes_of(watchdog) == []
 
 
 def launch_s(watchdog: harness.Watchdog) -> float:

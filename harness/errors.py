@@ -6,7 +6,9 @@ One root, `HarnessError`; each error carries what it knows as fields beside its 
 
 from __future__ import annotations
 
-from typing import Any
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # see the package
+    from typing import Any
 
 
 class HarnessError(RuntimeError):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import processes
@@ -16,7 +19,6 @@ import harness
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 
 def in_child(work: Callable[[], str]) -> str:
@@ -297,3 +299,12 @@ def test_a_call_that_waits_while_another_thread_stops_the_server(watchdog: harne
         thread.join()
     assert outcomes == [server.stop()] * 4
     assert time.monotonic() - began < READY_S
+
+
+def test_an_idle_watchdog_loads_no_more_than_it_needs() -> None:
+    """Each of these is up to 2 MiB, and milliseconds of every run's start, in the watchdog and all its keepers."""
+    code = "import sys; sys.path.append(sys.argv[1]); import harness.watchdog.main; print(*sys.modules)"
+    folder = str(Path(harness.__file__).parents[1])
+    command = [sys.executable, "-I", "-S", "-c", code, folder]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert not {"typing", "dataclasses", "socket", "pathlib", "subprocess", "multiprocessing", "psutil"} & set(loaded)

@@ -85,10 +85,12 @@ def test_a_launch_that_is_interrupted_once_it_is_known_has_an_outcome(
 
     command = ["sleep", "1000"]
     with subprocess.Popen(command) as own:
-        monkeypatch.setattr(harness.Server, "note", interrupt)
-        with pytest.raises(Interrupt):
-            watchdog.launch(command) if kind == "launched" else watchdog.adopt(own.pid)
-        own.kill()
+        try:
+            monkeypatch.setattr(harness.Server, "note", interrupt)
+            with pytest.raises(Interrupt):
+                watchdog.launch(command) if kind == "launched" else watchdog.adopt(own.pid)
+        finally:
+            own.kill()
     server = watchdog.servers[-1]
     assert server.name != "true-0"
     assert server.has_ended

@@ -577,7 +577,7 @@ def crowd(path: Path, processes: int, seconds: float, hold_s: float) -> Iterator
     """Have processes change a store; gives nothing while they do, and then what they say."""
     path.mkdir(mode=0o700, exist_ok=True)
     arguments = ["store", str(path), str(processes), str(seconds), str(hold_s)]
-    command = [sys.executable, "-m", "tools.bench_case_handoff", *arguments]
+    command = [sys.executable, "-m", "tools.benchmarks.case_handoff", *arguments]
     said = path.with_name("said")
     with said.open("w") as file, subprocess.Popen(command, stdout=file, cwd=ROOT) as process:
         while process.poll() is None:

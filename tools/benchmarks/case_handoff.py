@@ -1,6 +1,6 @@
-"""Processes that change one content as fast as they can. Run by bench_handoff.py, and by a test of the store.
+"""Processes that change one content as fast as they can. Run by handoffs.py, and by a test of the store.
 
-usage: python -m tools.bench_case_handoff store|flock DIRECTORY PROCESSES SECONDS [HOLD_S]
+usage: python -m tools.benchmarks.case_handoff store|flock|filelock DIRECTORY PROCESSES SECONDS [HOLD_S]
 
 Prints, as JSON, how often each process had the lock, the content at the end, and every hand-off in seconds: from the
 last thing that a holder does in its turn to the first that another one does.
@@ -15,7 +15,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-import filelock  # noqa: F401 - 50 ms, which each child would take
+import filelock  # 50 ms, which each child would take
 
 from harness.broker import slots
 from harness.broker.store import Store
@@ -79,9 +79,27 @@ def _by_flock(directory: str) -> tuple[Callable[[_Worker], None], Callable[[], d
     return change, read
 
 
+def _by_filelock(directory: str) -> tuple[Callable[[_Worker], None], Callable[[], dict[str, Any]]]:
+    """Do what suites do today: filelock, which looks each 50 ms."""
+    path = f"{directory}/content"
+
+    def read() -> dict[str, Any]:
+        with open(path, "rb") as file:
+            found: dict[str, Any] = json.loads(file.read())
+            return found
+
+    def change(worker: _Worker) -> None:
+        with filelock.FileLock(f"{path}.lock"):
+            content, _ = worker.edit(read() if os.path.exists(path) else {})
+            with open(path, "w", encoding="ascii") as file:
+                json.dump(content, file)
+
+    return change, read
+
+
 def main() -> None:
     mode, directory, processes, seconds, *hold_s = sys.argv[1:]
-    change, read = {"store": _by_store, "flock": _by_flock}[mode](directory)
+    change, read = {"store": _by_store, "flock": _by_flock, "filelock": _by_filelock}[mode](directory)
     begin = time.monotonic() + _START_S
     workers = [_Worker(number, *map(float, hold_s)) for number in range(int(processes))]
     readers = [_fork(worker, change, float(seconds), begin) for worker in workers]

@@ -1,4 +1,4 @@
-"""Tests of which a benchmark needs some number. Run by bench_idle.py and bench_plugin.py."""
+"""Tests of which a benchmark needs some number. Run by helpers.py and plugins.py."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 It writes to PATH the time of the monotonic clock, which all processes share, at which it begins to listen.
 """
 
+import signal
 import socket
 import sys
 import time
@@ -12,6 +13,7 @@ _ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 def serve() -> None:
     """Wait, listen, answer."""
+    signal.alarm(300)  # whatever becomes of who started it, it ends
     port, delay_s, path = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -7,7 +7,6 @@ only code that runs in the watchdog process without living in `watchdog/`: it is
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import json
 import multiprocessing
@@ -43,6 +42,9 @@ _LONGEST_POLL_S = 86400.0
 # What the child says first, before any frame; it takes under 1 ms.
 _UP = b"u"
 _UP_LIMIT_S = 5.0
+# In a process with threads a child may hang before that: on a lock that a thread held at the fork, in what Python and
+# libraries run in every child (coverage's measurement of multiprocessing's children does). The next one does not.
+_TRIES = 2
 
 _processes: weakref.WeakSet[WatchdogProcess] = weakref.WeakSet()
 
@@ -153,6 +155,15 @@ if hasattr(os, "register_at_fork"):  # elsewhere nothing can be forked, nor a wa
 
 
 def _fork(config: dict[str, object]) -> tuple[ForkProcess, int]:
+    for _ in range(_TRIES):
+        found = _fork_once(config)
+        if found is not None:
+            return found
+    why = f"the child was stopped, or has died, within {_UP_LIMIT_S:g} s of the fork"
+    raise HarnessError(f"cannot fork the watchdog: {why}")
+
+
+def _fork_once(config: dict[str, object]) -> tuple[ForkProcess, int] | None:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     arguments = (theirs.fileno(), ours.fileno(), config)
@@ -166,8 +177,7 @@ def _fork(config: dict[str, object]) -> tuple[ForkProcess, int]:
             warnings.filterwarnings("ignore", message=".*multi-threaded", category=DeprecationWarning)
             with _no_collection():
                 process.start()
-        _wait_until_up(process, ours.fileno())
-        return process, os.dup(ours.fileno())
+        return (process, os.dup(ours.fileno())) if _comes_up(process, ours.fileno()) else None
     except (OSError, AssertionError) as error:
         raise HarnessError(f"cannot fork the watchdog: {error}") from error
     finally:
@@ -188,14 +198,16 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _wait_until_up(process: ForkProcess, pipe: int) -> None:
-    # From here on the child ends with this process whatever happens to either; before, nothing would wake it.
+def _comes_up(process: ForkProcess, pipe: int) -> bool:
+    # Once it is up the child ends with this process whatever happens to either; before, nothing would wake it.
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
-    if not (poll.poll(_UP_LIMIT_S * 1000) and os.read(pipe, len(_UP)) == _UP):
-        process.kill()
-        process.join()
-        raise OSError(errno.ETIMEDOUT, f"the child was stopped, or has died, within {_UP_LIMIT_S:g} s of the fork")
+    if poll.poll(_UP_LIMIT_S * 1000) and os.read(pipe, len(_UP)) == _UP:
+        return True
+    process.kill()
+    process.join()
+    process.close()
+    return False
 
 
 def _become_watchdog(pipe: int, clients_end: int, config: dict[str, object]) -> NoReturn:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -211,7 +212,8 @@ def test_a_watchdog_that_is_stopped_with_its_first_instruction_is_ended(
     pids = tmp_path / "pid"
 
     def stop(_pipe: int) -> None:
-        pids.write_text(str(os.getpid()), encoding="ascii")
+        with pids.open("a", encoding="ascii") as file:
+            file.write(f"{os.getpid()}\n")
         os.kill(os.getpid(), signal.SIGSTOP)
 
     monkeypatch.setattr(forking, "_wake_at_end_of", stop)
@@ -220,7 +222,33 @@ def test_a_watchdog_that_is_stopped_with_its_first_instruction_is_ended(
     )  # in which a child on a busy machine comes to its first instruction
     with pytest.raises(harness.HarnessError, match="the child was stopped"):
         forking.WatchdogProcess(tmp_path / "log", crash_grace_s=1.0)
-    assert procfs.stat(int(pids.read_text(encoding="ascii"))) is None
+    stopped = pids.read_text(encoding="ascii").split()
+    assert len(stopped) == 2
+    assert [procfs.stat(int(pid)) for pid in stopped] == [None, None]
+
+
+def test_a_child_that_hangs_before_its_first_instruction_is_forked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a lock that another thread held at the fork: what runs first in every child may take it."""
+    hung = tmp_path / "pid"
+    real = forking._wake_at_end_of
+    monkeypatch.setattr(forking, "_UP_LIMIT_S", 3.0)  # as above
+
+    def hang_once(pipe: int) -> None:
+        if not hung.exists():
+            hung.write_text(str(os.getpid()), encoding="ascii")
+            lock = threading.Lock()
+            lock.acquire()
+            lock.acquire()
+        real(pipe)
+
+    monkeypatch.setattr(forking, "_wake_at_end_of", hang_once)
+    process = forking.WatchdogProcess(tmp_path / "log", crash_grace_s=1.0)
+    assert procfs.stat(process.pid) is not None
+    assert process.pid != int(hung.read_text(encoding="ascii"))
+    assert procfs.stat(int(hung.read_text(encoding="ascii"))) is None
+    process.close()
 
 
 def is_stopped(pid: int) -> bool:

@@ -43,7 +43,7 @@ _LONGEST_POLL_S = 86400.0
 _UP = b"u"
 _UP_LIMIT_S = 5.0
 # In a process with threads a child may hang before that: on a lock that a thread held at the fork, in what Python and
-# libraries run in every child (coverage's measurement of multiprocessing's children does). The next one does not.
+# libraries run in every child (coverage does, in multiprocessing's). The next one is forked at another moment.
 _TRIES = 2
 
 _processes: weakref.WeakSet[WatchdogProcess] = weakref.WeakSet()
@@ -206,7 +206,8 @@ def _comes_up(process: ForkProcess, pipe: int) -> bool:
         return True
     process.kill()
     process.join()
-    process.close()
+    with contextlib.suppress(ValueError):
+        process.close()  # refused if another has reaped it
     return False
 
 

@@ -1,4 +1,7 @@
-"""What a test or a fixture leaves behind is charged to it: a warning, or an error with --harness-strict."""
+"""What a test or a fixture leaves behind is charged to it: a warning, or an error with --harness-strict.
+
+The sleeps are servers: long ones do nothing but be there, a short one is how long a server takes to exit.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What people see of a whole run: progress, live logs, the summary, JUnit's properties, the report and its command."""
+"""What people see of a whole run: progress, live logs, the summary, JUnit's properties, the report and its command.
+
+The long sleeps are servers and tests that do nothing but be there; those of 0.2 s are how long a server takes to start
+and to exit, so that there is something to report; that of 0.01 s waits for a file, of which a server is not told.
+"""
 
 from __future__ import annotations
 

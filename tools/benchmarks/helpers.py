@@ -49,7 +49,7 @@ def helpers(settings: Settings) -> list[Row]:
         pids = {"watchdog": watchdog.pid or 0, "keeper": root.parent if root else 0}
         time.sleep(_SETTLE_S)
         switches: dict[str, list[float]] = {name: [] for name in pids}
-        for _ in range(rounds):
+        for _ in range(settings.choose(7, 3)):
             before = {name: context_switches(pid) for name, pid in pids.items()}
             time.sleep(_IDLE_S)
             for name, pid in pids.items():

@@ -1,6 +1,6 @@
 """The program of tools/bench: runs the benchmarks side by side, and prints one table.
 
-Exit status 1: a row is over its limit, and no reason is known; with --quick: a ratio is far from what it was.
+Exit status 1: a row is over its limit, and no reason is known; with --quick: a ratio to the limit is over its bound.
 """
 
 from __future__ import annotations

@@ -16,6 +16,10 @@ LIMIT = "limit"
 _WAYS = ("pytest-xprocess", "mirakuru", "Popen + psutil", "one by one", "thread each", "kill alone")
 _COLUMNS = (OURS, LIMIT, *_WAYS, "psutil", "filelock")
 _FACTOR = 1.05
+_LEGEND = (
+    f'Median (lowest..highest). "At most": {_FACTOR} times the limit, and 10 ms where it is a time.'
+    ' "Never": not as long as was looked.'
+)
 _ALLOWANCE = {"s": 0.010, "ms": 10.0}
 
 
@@ -163,7 +167,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         if row.is_over and row.reason:
             reasons.setdefault(row.note, []).append(row.name)
     return [
-        f'Median (lowest..highest). "At most": {_FACTOR} times the limit, and 10 ms where it is a time.',
+        _LEGEND,
         "",
         *(f"- The limit of {'; '.join(names)}: {text}." for text, names in limits.items()),
         *(f"- Over the limit, {'; '.join(names)}: {text}." for text, names in reasons.items()),

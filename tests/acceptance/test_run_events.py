@@ -478,6 +478,12 @@ def test_they_are_not_shown_unasked_and_the_setting_asks(pytester: pytest.Pytest
     assert "[rank0] loading" in run(pytester).stdout.str()
 
 
+def running(root: int, program: str) -> list[processes.Identity]:
+    """Give the descendants of a process that run a program."""
+    found = processes.identities(processes.tree(root))
+    return [one for one in found if program in procfs.command_line(one.pid)]
+
+
 def test_who_shows_them_ends_with_a_run_that_is_killed(pytester: pytest.Pytester) -> None:
     suite = """
     def test_it(server_group):
@@ -488,15 +494,21 @@ def test_who_shows_them_ends_with_a_run_that_is_killed(pytester: pytest.Pytester
     make(pytester, suite)
     command = [sys.executable, "-W", "ignore", "-m", "pytest", "-p", "no:cacheprovider", "--harness-live-logs"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        shown = b""
-        while b"] up" not in shown:
-            shown += process.stdout.readline()
-        found = processes.identities(processes.tree(process.pid))
-        followers = [one for one in found if "follower.py" in procfs.command_line(one.pid)]
-        assert len(followers) == 1
-        (child,) = [one for one in found if one.pid != process.pid and "-m pytest" in procfs.command_line(one.pid)]
-        process.kill()
+        try:
+            assert process.stdout is not None
+            shown = b""
+            while b"] up" not in shown:
+                shown += process.stdout.readline()
+            # It forks when it is ready, which is shown before.
+            processes.wait_for(lambda: bool(running(process.pid, "-m pytest")), LIMIT_S, "the child")
+            (child,) = running(process.pid, "-m pytest")
+            found = processes.identities(processes.tree(process.pid))
+            followers = running(process.pid, "follower.py")
+            assert len(followers) == 1
+        finally:
+            process.kill()
+    try:
         processes.wait_gone(followers, LIMIT_S)
+    finally:
         os.kill(child.pid, signal.SIGKILL)
-        processes.wait_gone(found, LIMIT_S)
+    processes.wait_gone(found, LIMIT_S)

@@ -178,7 +178,7 @@ def _quarantine(trial: Trial, state: str, uuid: str, report: harness.StopReport)
     except harness.GpuNotReleased as error:
         trial.figures["error"] = str(error)[-500:]
     try:
-        with harness.Watchdog(state_dir=state, gpu_wait_s=0.5) as next_one:
+        with harness.Watchdog(state_dir=state, gpu_wait_s=10.0) as next_one:
             _granted(next_one, uuid)
         wrong.append("the device was lent while it was held")
     except harness.GpuUnavailable as error:

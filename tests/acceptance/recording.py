@@ -97,8 +97,9 @@ def is_up(owner: Launcher, watchdog: harness.Watchdog, name: str) -> Iterator[ha
 
 
 def answers(server: harness.Server) -> bool:
-    """Say whether a server of `is_up` answers."""
-    return harness.http_ok("/")(server)
+    """Wait until a server of `is_up` answers; it is never False, but an error."""
+    processes.wait_for(lambda: harness.http_ok("/")(server), _WAIT_S, f"an answer of {server.name!r}")
+    return True
 
 
 @pytest.fixture
@@ -173,7 +174,9 @@ class Record:
         ups = self.ups()
         assert ups
         assert servers in (None, len(ups))
-        processes.wait_gone((who for up in ups for who in up.people), timeout_s)
+        processes.wait_gone((who for up in ups for who in up.tree), timeout_s)
+        # A keeper may still be on its way out when it has told that its server is gone.
+        processes.wait_gone((who for up in ups for who in up.people), max(timeout_s, 20.0))
         marked = processes.marked(f"{PATH}={self._path}")
         assert not marked, processes.describe(marked)
         for number, one in enumerate(ups):

@@ -109,7 +109,7 @@ def test_crash(own, shared):
     result = run(pytester, "--reruns", "1", "-n", "1")
     assert result.parseoutcomes()["passed"] == 1
     assert "failed" not in result.parseoutcomes()
-    assert len({up.client for up in record.check(servers=4)}) == 2
+    assert len({up.client for up in record.check(servers=4, timeout_s=20.0)}) == 2
 
 
 @PLAIN_AND_XDIST

@@ -206,20 +206,20 @@ def test_a_child_forked_by_a_test_may_leave_by_sys_exit_through_pytest(pytester:
 
 def test_a_pipe_behind_pytest_ends_with_pytest(start_run: StartRun) -> None:
     """`pytest | cat`: the watchdog, which has work for some more seconds, must not hold pytest's output open."""
-    run = start_run("-p", "no:xdist", servers=[POLITE, STUBBORN], crash_grace_s=4.0, is_piped=True)
+    run = start_run("-p", "no:xdist", servers=[POLITE, STUBBORN], crash_grace_s=10.0, is_piped=True)
     up = run.ups()[0]
     assert run.process.stdout is not None
     with Watched([up.watchdog, *up.keepers]) as watched, run.process.stdout as output:
         os.kill(run.process.pid, signal.SIGKILL)
         output.read()
         assert up.watchdog in watched.alive(), "the output was open until the watchdog had ended"
-        assert watched.wait_gone(20.0) == []
+        assert watched.wait_gone(60.0) == []
 
 
 def test_xdist_sees_a_dead_worker_while_its_watchdog_still_works(start_run: StartRun) -> None:
     """A watchdog that held the worker's channel open would hide its death from the controller."""
     ending = "os.kill(os.getpid(), signal.SIGKILL)"
-    run = start_run("-n", "1", "--maxfail=1", ending=ending, servers=[POLITE, STUBBORN], crash_grace_s=12.0)
+    run = start_run("-n", "1", "--maxfail=1", ending=ending, servers=[POLITE, STUBBORN], crash_grace_s=30.0)
     up = run.ups()[0]
     with Watched([up.watchdog]) as watched:
         assert run.end() == 1

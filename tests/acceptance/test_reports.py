@@ -119,7 +119,10 @@ def test_a_start_that_fails_says_what_was_awaited_and_what_was_seen(pytester: py
     suite = """
     def test_not_ready(watchdog):
         loads = command("print('loading'); import time; time.sleep(600)")
-        watchdog.launch(loads, ready=harness.log_line("up"), name="slow").wait_ready(timeout_s=0.5)
+        server = watchdog.launch(loads, ready=harness.log_line("up"), name="slow")
+        while "loading" not in server.log_tail():
+            time.sleep(0.01)  # nothing announces what another process prints
+        server.wait_ready(timeout_s=0.5)
 
     @pytest.fixture
     def fails(watchdog):

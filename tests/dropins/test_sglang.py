@@ -70,7 +70,7 @@ def test_the_launcher_goes_first_and_its_scheduler_does_not_stay(base_url: str) 
     process = popen_launch_server("m", base_url, READY_S, other_args=["--stubborn"])
     people = tree_of(process.pid)
     assert len(people) == 2
-    terminate_and_kill_process_tree(process, terminate_timeout=0.5)
+    terminate_and_kill_process_tree(process, terminate_timeout=5.0)
     assert process.poll() == 0
     assert not [who for who in people if processes.is_running(who)]
 
@@ -224,10 +224,11 @@ def test_one_that_fails_offline_is_launched_online(base_url: str, own: harness.W
         popen_launch_server("m", base_url, READY_S, other_args=["--unknown"], env=offline)
 
 
-def test_both_outputs_are_copied_to_files_of_the_test(base_url: str, tmp_path: Path) -> None:
+def test_both_outputs_are_copied_to_files_of_the_test(base_url: str, tmp_path: Path, own: harness.Watchdog) -> None:
     output, errors = io.StringIO(), (tmp_path / "stderr").open("w+", encoding="utf-8")
     with errors:
         process = popen_launch_server("m", base_url, READY_S, return_stdout_stderr=(output, errors))
+        wait_for_scheduler(own.servers[-1])
         terminate_and_kill_process_tree(process)
         errors.seek(0)
         written = errors.read()

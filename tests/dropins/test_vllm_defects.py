@@ -48,7 +48,7 @@ def test_an_answer_that_never_comes_right_is_not_waited_for_beyond_the_limit(
 ) -> None:
     """a, b: upstream asked for ever, without a pause or without an end."""
     with pytest.raises(harness.NotReady, match=seen):
-        Server("m", [], env_dict={variable: "1"}, max_wait_seconds=1.0)
+        Server("m", [], env_dict={variable: "1"}, max_wait_seconds=5.0)
     assert own.servers[0].pids() == []
 
 
@@ -73,7 +73,7 @@ def test_an_answer_of_somebody_else_is_not_the_servers() -> None:
                 del model, vllm_serve_args
 
         with pytest.raises(harness.NotReady, match="a process that is not this server's answers"):
-            Deceived("m", ["--port", str(other.port)], auto_port=False, max_wait_seconds=0.5)
+            Deceived("m", ["--port", str(other.port)], auto_port=False, max_wait_seconds=3.0)
 
 
 @pytest.mark.usefixtures("own")
@@ -176,7 +176,7 @@ def test_it():
         time.sleep(0.01)  # until the processes are watched
     {ENDS[end]}
 """
-    options = ["--timeout=3", "--timeout-method=thread"] if end == "pytest-timeout" else []
+    options = ["--timeout=10", "--timeout-method=thread"] if end == "pytest-timeout" else []
     suite = run(code, "-o", "harness_crash_grace_s=1", *options)
     people = processes.identities(suite.told("up"))
     assert len(people) >= 6
@@ -199,7 +199,7 @@ def test_2_no_signal_to_pytest_leaves_a_server(number: int, where: str, run: Cal
 
 def test_3_an_interrupted_shutdown_can_be_done_again(own: harness.Watchdog) -> None:
     """Upstream marked the servers as shut down first, and left them to nobody."""
-    servers = [Server("m", [], env_dict={"STANDIN_STOP_S": "1.5"}) for _ in range(2)]
+    servers = [Server("m", [], env_dict={"STANDIN_STOP_S": "5.0"}) for _ in range(2)]
 
     def interrupt() -> None:
         processes.wait_for(lambda: servers[0].server.state == "asked", READY_S, "the stop has begun")

@@ -12,6 +12,7 @@ import uuid
 from typing import TYPE_CHECKING
 
 import processes
+import psutil
 import pytest
 
 import harness
@@ -60,11 +61,33 @@ def watchdog(tmp_path: Path) -> Iterator[harness.Watchdog]:
 
 
 def assert_listens_nobody(port: int) -> None:
-    """Listen on a port as any program would: a connection that waits in TIME_WAIT does not count."""
+    """Listen on a port as any program would: a connection that waits in TIME_WAIT does not count.
+
+    By now the number may be another test's, which runs beside this one.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("0.0.0.0", port))  # noqa: S104 - every address must be free
-        probe.listen()
+        try:
+            probe.bind(("0.0.0.0", port))  # noqa: S104 - every address must be free
+            probe.listen()
+        except OSError:
+            ours = [pid for pid in _listeners(port) if not _is_of_another_worker(pid)]
+            assert not ours, processes.describe(ours)
+
+
+def _listeners(port: int) -> list[int]:
+    listening = [one for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    return [one.pid for one in listening if one.laddr and one.laddr.port == port and one.pid is not None]
+
+
+def _is_of_another_worker(pid: int) -> bool:
+    """Say whether a process descends from the parent that all workers have, and not from this one."""
+    try:
+        while pid not in {0, os.getpid(), os.getppid()}:
+            pid = processes.parent(pid)
+    except IndexError:
+        return True  # it has ended meanwhile: nobody listens
+    return pid == os.getppid()
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_a_broker_that_is_killed_does_not_give_the_device_of_a_running_server_aw
     holder = hold(device)
     holder.signal(signal.SIGKILL, "broker")
     with pytest.raises(harness.GpuUnavailable, match="is held by 'held'"):
-        next_one(machine, device, gpu_wait_s=1.0)
+        next_one(machine, device, gpu_wait_s=3.0)
     assert all(map(processes.is_running, holder.server))
     holder.signal(signal.SIGKILL, "client")
     next_one(machine, device, gpu_wait_s=SOON_S).close()
@@ -206,7 +206,7 @@ def test_the_device_of_a_daemon_is_not_handed_over_when_its_root_exits(standin: 
         server = owner.launch(command, gpus=[device], name="daemon")
         processes.wait_for(lambda: server.state == "detached", SOON_S, "its root has exited")
         with pytest.raises(harness.GpuUnavailable, match="is held by 'daemon'"):
-            next_one(standin, device, gpu_wait_s=1.0)
+            next_one(standin, device, gpu_wait_s=3.0)
         assert row_of(owner.stop([server])).verdict == "freed"
         next_one(standin, device).close()
 
@@ -222,7 +222,7 @@ def test_a_leak_of_one_server_of_a_group_does_not_give_the_others_device_away(st
         launch(group, standin, name="late", gpus=None)
     processes.wait_for(lambda: standin.used_mib(device) == MIB, SOON_S, "what leaked has come back late")
     with pytest.raises(harness.GpuUnavailable, match="is held by 'dp'"):
-        next_one(standin, device, gpu_wait_s=1.0)
+        next_one(standin, device, gpu_wait_s=3.0)
     report = group.stop()
     assert [row.verdict for row in report.outcomes[1].gpu] == ["freed"]
     owner.close()
@@ -234,7 +234,7 @@ def test_a_broker_that_is_stopped_does_not_keep_a_launch_for_good(
 ) -> None:
     device = machine.uuids[0]
     hold(device)
-    with harness.Watchdog(state_dir=machine.state_dir, crash_grace_s=0.5, gpu_wait_s=1.0) as second:
+    with harness.Watchdog(state_dir=machine.state_dir, crash_grace_s=0.5, gpu_wait_s=5.0) as second:
         failures: list[BaseException] = []
         thread = threading.Thread(target=_launch_and_fail, args=(second, machine, device, failures))
         thread.start()
@@ -368,17 +368,17 @@ def test_a_driver_that_hangs_delays_no_signal_and_no_reply(standin: Standin, wat
     device, other = standin.uuids
     server = launch(watchdog, standin)
     beside = launch(watchdog, standin, gpus=[other])
-    standin.fail("nvmlDeviceGetMemoryInfo_v2", 0, uuid=device, seconds=30.0)
+    standin.fail("nvmlDeviceGetMemoryInfo_v2", 0, uuid=device, seconds=60.0)
     root = processes.identities([server.pid])
     reports: list[harness.StopReport] = []
     thread = threading.Thread(target=lambda: reports.append(watchdog.stop([server])))
     thread.start()
-    processes.wait_gone(root, 2.0)
+    processes.wait_gone(root, 15.0)
     began = time.monotonic()
     assert beside.state == "running"
     assert row_of(watchdog.stop([beside])).verdict == "freed"
     assert launch(watchdog, standin, gpus=1).gpus == (other,)
-    assert time.monotonic() - began < 4.0
+    assert time.monotonic() - began < 30.0
     thread.join(SOON_S)
     standin.mend("nvmlDeviceGetMemoryInfo_v2", device)
     row = row_of(reports[0])
@@ -396,7 +396,7 @@ def test_a_lost_device_is_reported_and_not_waited_for(standin: Standin, watchdog
     assert launch(watchdog, standin, gpus=1).gpus == (other,)
     with pytest.raises(harness.GpuUnavailable, match=f"{device} is (lost|quarantined): .*GPU is lost"):
         launch(watchdog, standin)
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 20.0
 
 
 def test_a_device_that_is_lost_before_is_given_to_nobody(standin: Standin, watchdog: harness.Watchdog) -> None:
@@ -454,7 +454,7 @@ def test_a_broker_that_can_write_nothing_down_does_not_outlive_its_run(
     lock.unlink()
     lock.mkdir()
     holder.signal(signal.SIGKILL, "client")
-    processes.wait_gone(holder.everybody, 12.0)
+    processes.wait_gone(holder.everybody, 40.0)
     lock.rmdir()
     next_one(machine, machine.uuids[0]).close()
 

@@ -33,7 +33,7 @@ def watchdog(machine: Machine, tmp_path: Path) -> Iterator[harness.Watchdog]:
     with harness.Watchdog(state_dir=tmp_path / "state", crash_grace_s=0.5, gpu_release_s=1.5) as owner:
         yield owner
         everything = processes.identities(processes.tree(owner.pid or 0))
-    processes.wait_gone(everything, 2.0)
+    processes.wait_gone(everything, 20.0)
     assert machine.book(tmp_path / "state")["leases"] == []
 
 
@@ -99,8 +99,8 @@ def test_shares_of_a_device_are_had_at_once_and_no_more_than_it_has(
         for number in range(2)
     ]
     assert {server.gpus for server in servers} == {(device,)}
-    waiting = harness.Watchdog(state_dir=machine.state_dir, gpu_wait_s=1.0)
-    with waiting, pytest.raises(harness.GpuUnavailable, match="waited 1 s") as caught:
+    waiting = harness.Watchdog(state_dir=machine.state_dir, gpu_wait_s=3.0)
+    with waiting, pytest.raises(harness.GpuUnavailable, match="waited 3 s") as caught:
         waiting.launch(machine.server(), gpus=[device], gpu_memory_mib=share)
     assert "share0" in str(caught.value)
     first = watchdog.stop([servers[0]])
@@ -286,18 +286,18 @@ def test_a_device_is_handed_over_while_the_old_server_is_still_ending(machine: M
     options = {"state_dir": tmp_path / "state", "crash_grace_s": 5.0}
     with harness.Watchdog(**options) as one, harness.Watchdog(**options) as other:  # type: ignore[arg-type]
         old = launched(
-            one, machine, "--mib", str(MIB), "--on-term", "free-then-linger:3", gpus=[machine.uuids[0]], grace_s=20.0
+            one, machine, "--mib", str(MIB), "--on-term", "free-then-linger:15", gpus=[machine.uuids[0]], grace_s=60.0
         )
         time.sleep(0.3)  # a server that the broker has not seen on its device hands nothing over
         reports: list[harness.StopReport] = []
         thread = threading.Thread(target=lambda: reports.append(one.stop([old])))
         thread.start()
         with launched(other, machine, "--mib", str(MIB), gpus=[machine.uuids[0]]) as new:
-            assert old.is_alive, "its memory came back 3 s before its end"
+            assert old.is_alive, "its memory came back before its end"
             thread.join(SOON_S)
             row = row_of(reports[0])
             assert row.verdict == "freed"
-            assert row.waited_s < 2.0
+            assert row.waited_s < 10.0
             assert new.is_alive
         assert not old.is_alive
 

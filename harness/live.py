@@ -103,8 +103,11 @@ def _describe(stat: procfs.Stat) -> LiveWatchdog | None:
     if log is None:
         return None
     entries = _entries(log.parent, stat.pid)
-    keepers = [found for pid in procfs.children(stat.pid) if (found := procfs.stat(pid)) is not None]
-    servers = [_server(keeper, entries) for keeper in keepers if procfs.name(keeper.pid) in {_KEEPER, _WATCHDOG}]
+    children = [found for pid in procfs.children(stat.pid) if (found := procfs.stat(pid)) is not None]
+    keepers = [
+        found for found in children if found.state not in "ZX" and procfs.name(found.pid) in {_KEEPER, _WATCHDOG}
+    ]
+    servers = [server for keeper in keepers if (server := _server(keeper, entries)) is not None]
     pid = log.parent.name.partition("-")[0]
     return LiveWatchdog(
         pid=stat.pid,
@@ -128,10 +131,12 @@ def _entries(run: Path, watchdog: int) -> list[Entry]:
     return found
 
 
-def _server(keeper: procfs.Stat, entries: list[Entry]) -> Server:
+def _server(keeper: procfs.Stat, entries: list[Entry]) -> Server | None:
     who = (keeper.pid, keeper.start_time)
     entry = next((each for each in entries if each.keeper == who), None)
     tree = procfs.descendants(keeper.pid)
+    if entry is None and not tree:
+        return None  # a keeper that is on its way in or out: it has no server
     root = entry.root if entry is not None else None
     memory, ports = _resources(tree)
     return Server(

@@ -13,6 +13,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+# Not until nothing new is found: a tree that forks on and on would hold the watchdog here.
+_LOOKS = 3
+
 
 class Orphans:
     """The watchdog's children that are not keepers."""
@@ -30,9 +33,13 @@ class Orphans:
 
     def fresh(self) -> list[int]:
         """Give the orphans that have come since the last call, with all below them."""
-        tops = set(procfs.children(os.getpid())) - self._keepers() - self._known
-        self._known |= tops
-        return [*tops, *(pid for top in tops for pid in procfs.descendants(top))]
+        found: dict[int, None] = {}
+        # What one has left that ends between the two looks is in neither, but is this process's child by the next.
+        for _ in range(_LOOKS):
+            tops = set(procfs.children(os.getpid())) - self._keepers() - self._known
+            self._known |= tops
+            found.update(dict.fromkeys([*tops, *(pid for top in tops for pid in procfs.descendants(top))]))
+        return list(found)
 
     def begin(self, *, kill: bool) -> None:
         """Ask the orphans, or begin to kill them."""

@@ -102,6 +102,7 @@ def test_the_table_shows_what_a_person_needs(only_ours: harness.Watchdog, capsys
     assert row.split()[0] == str(server.pid)
     assert row.endswith("-                     a?[2Jb")
     os.kill(only_ours.pid or 0, signal.SIGSTOP)
+    wait_for(lambda: state_of(only_ours.pid or 0) == "T", READY_S, "it is stopped")
     assert command_line.main(["ps"]) == 0
     assert ", stopped by a signal, of process" in capsys.readouterr().out
     os.kill(only_ours.pid or 0, signal.SIGCONT)
@@ -149,7 +150,7 @@ def test_a_zombie_in_a_tree_hides_no_port(watchdog: harness.Watchdog) -> None:
     code = f"import os, runpy; os.fork() or os._exit(0); runpy.run_path({program!r}, run_name='__main__')"
     command = [sys.executable, "-I", "-S", "-c", code, "{port}", "200"]
     server = watchdog.launch(command, ready=harness.port_open()).wait_ready(timeout_s=READY_S)
-    assert [state_of(pid) for pid in server.pids()][1:] == ["Z"]
+    wait_for(lambda: [state_of(pid) for pid in server.pids()][1:] == ["Z"], READY_S, "the child has ended")
     (shown,) = of(watchdog).servers
     assert (shown.processes, shown.ports) == (2, [server.port])
 
@@ -191,7 +192,7 @@ def test_a_stop_that_takes_longer_is_told_and_goes_on(
 ) -> None:
     code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
     command = [sys.executable, "-I", "-S", "-c", code]
-    server = only_ours.launch(command, ready=harness.log_line("ready"), grace_s=1.0).wait_ready(timeout_s=READY_S)
+    server = only_ours.launch(command, ready=harness.log_line("ready"), grace_s=6.0).wait_ready(timeout_s=READY_S)
     assert command_line.main(["stop", str(only_ours.pid), "--timeout", "0.1", "--json"]) == 1
     (row,) = json.loads(capsys.readouterr().out)
     assert row == {"watchdog": only_ours.pid, "servers": 1, "outcome": "still stopping", "keepers": []}

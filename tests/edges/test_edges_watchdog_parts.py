@@ -173,6 +173,14 @@ def orphan() -> Callable[[list[str]], subprocess.Popen[bytes]]:
     return start
 
 
+def test_what_an_orphan_leaves_that_ends_while_it_is_looked_at_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no child of this process at the first look, and below nobody at the second."""
+    looks = iter([[10], [10, 11], [10, 11]])
+    monkeypatch.setattr(procfs, "children", lambda _pid: next(looks))
+    monkeypatch.setattr(procfs, "descendants", lambda _pid: [])
+    assert Orphans(frozenset).fresh() == [10, 11]
+
+
 def test_orphans_are_asked_then_killed_and_keepers_are_spared(
     orphan: Callable[[list[str]], subprocess.Popen[bytes]],
 ) -> None:

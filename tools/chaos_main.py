@@ -39,7 +39,6 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         """Take the options; start the bystanders."""
         self._only = options.only
-        self._until = time.monotonic() + options.seconds if options.seconds else None
         self._is_quiet = options.json
         self._scratch = Path(tempfile.mkdtemp(prefix="chaos-"))
         self._lock = threading.Lock()
@@ -48,6 +47,8 @@ class Run:
         self.places = Places(may_use_cgroups=not options.marks)
         self.bystanders = Bystanders(self._scratch / "bystander", self.places.bystanders())
         self.results: list[Result] = []
+        # From here on: a busy machine may take longer for the bystanders than a short run has.
+        self._until = time.monotonic() + options.seconds if options.seconds else None
 
     def trial(self, seed: int) -> None:
         """Run one trial, unless the time is over."""

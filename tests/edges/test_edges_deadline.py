@@ -41,8 +41,10 @@ def test_the_deadline_is_kept_while_the_test_process_is_stopped(tmp_path: Path) 
 import os, signal
 import harness
 watchdog = harness.Watchdog(state_dir={str(tmp_path / "state")!r}).start()
-server = watchdog.launch(["sh", "-c", "trap '' TERM; sleep 600 & wait; wait"], deadline_s=1.0, grace_s=0.2)
 other = watchdog.launch(["sleep", "600"])
+server = watchdog.launch(["sh", "-c", "trap '' TERM; sleep 600 & wait; wait"], deadline_s=4.0, grace_s=0.2)
+while len(server.pids()) < 2:
+    pass
 print(*[other.pid, *server.pids()], flush=True)
 signal.pause()
 """
@@ -52,9 +54,9 @@ signal.pause()
             other, *pids = [int(pid) for pid in client.stdout.readline().split()]
             os.kill(client.pid, signal.SIGSTOP)
             with Watched(pids) as watched, Watched([other]) as without:
-                assert watched.wait_gone(10.0) == []
+                assert watched.wait_gone(30.0) == []
                 assert without.alive() == [other]
                 client.kill()
-                assert without.wait_gone(10.0) == []
+                assert without.wait_gone(30.0) == []
         finally:
             client.kill()

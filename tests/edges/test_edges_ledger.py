@@ -274,7 +274,7 @@ def test_an_entry_that_is_no_file_of_ours_is_reported(state: Path, plant: Callab
     plant(path)
     began = time.monotonic()
     assert list(remains.end(state, limit_s=5.0).unreadable) == [path]
-    assert time.monotonic() - began < 3.0
+    assert time.monotonic() - began < 4.5
     state_dir.new_run(state)
 
 
@@ -426,13 +426,13 @@ def test_what_is_recorded_of_a_living_server(watchdog: harness.Watchdog, tmp_pat
 
 
 def test_who_sees_the_watchdog_die_records_the_tree(tmp_path: Path) -> None:
-    watchdog = harness.Watchdog(state_dir=tmp_path / "state", crash_grace_s=2.0).start()
+    watchdog = harness.Watchdog(state_dir=tmp_path / "state", crash_grace_s=8.0).start()
     server = watchdog.launch(STUBBORN, ready=harness.log_line("ready")).wait_ready(READY_S)
     (path,) = runs.entries(tmp_path / "state")
     tree = {who(pid) for pid in server.pids()}
     os.kill(watchdog.pid or 0, 9)
-    processes.wait_for(lambda: (e := entries.read(path)) is not None and e.members == tree, 1.9, "the tree is recorded")
-    processes.wait_gone([each.pid for each in tree], 10.0)
+    processes.wait_for(lambda: (e := entries.read(path)) is not None and e.members == tree, 7.9, "the tree is recorded")
+    processes.wait_gone([each.pid for each in tree], 30.0)
     with pytest.raises(harness.WatchdogDied):
         watchdog.close()
     assert not path.exists()

@@ -220,8 +220,8 @@ def test_of_a_gibibyte_the_end_is_shown(program: Program, log: Path) -> None:
     append(log, b"torn")
     program.follow(log)
     program.beat()
-    os.truncate(log, 1 << 30)  # what is read of the hole are zeros, as if they had been written
-    append(log, b"\nthe last\n")
+    with log.open("r+b") as file:  # what is read of the hole are zeros, as if they had been written
+        os.pwrite(file.fileno(), b"\nthe last\n", 1 << 30)
     left_out = (1 << 30) + 1 - 4
     assert program.line() == "[rank0] torn ...\n"
     assert program.line() == f"[rank0] ... {left_out} bytes left out: {log}\n"

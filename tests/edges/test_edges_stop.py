@@ -33,13 +33,13 @@ def start(
         (family(member(code=0)), "asked", 0),
         (family(member(code=7)), "asked", 7),
         (STUBBORN, "killed", -9),
-        (["sh", "-c", "echo ready; kill -STOP $$"], "killed", -9),
+        (["sh", "-c", "trap '' TERM; echo ready; kill -STOP $$"], "killed", -9),
     ],
 )
 def test_a_stop_says_how_the_server_ended(
     watchdog: harness.Watchdog, command: list[str], how: str, returncode: int
 ) -> None:
-    server = start(watchdog, command, grace_s=0.3)
+    server = start(watchdog, command, grace_s=0.3 if how == "killed" else 15.0)
     pids = server.pids()
     outcome = server.stop()
     assert (outcome.how, outcome.returncode, outcome.survivors) == (how, returncode, ())
@@ -57,7 +57,7 @@ def test_a_grace_is_kept_and_not_exceeded(watchdog: harness.Watchdog) -> None:
     hasty = start(watchdog, family(member(takes_s=30.0)), grace_s=30.0)
     outcome = hasty.stop(grace_s=0.2)
     assert (outcome.how, outcome.returncode) == ("killed", -9)
-    assert 0.2 <= outcome.seconds < 5.0
+    assert 0.2 <= outcome.seconds < 20.0
 
 
 def test_a_kill_does_not_ask(watchdog: harness.Watchdog) -> None:
@@ -97,7 +97,7 @@ def test_a_signal_reaches_the_root_alone(watchdog: harness.Watchdog) -> None:
 def test_whom_a_stop_asks(watchdog: harness.Watchdog, ask: str, asked: int) -> None:
     # The root outlives its child's SIGTERM, so that only the first asking is seen; then both are killed.
     plan = member("root", member("child", term="note"), member("daemon", term="note", daemon=True), term="note")
-    server = start(watchdog, family(plan), ask=ask, grace_s=0.3)
+    server = start(watchdog, family(plan), ask=ask, grace_s=3.0)
     assert server.stop().how == "killed"
     assert len(said(server, "root", "asked")) == 1
     assert len(said(server, "child", "asked")) == asked
@@ -106,10 +106,10 @@ def test_whom_a_stop_asks(watchdog: harness.Watchdog, ask: str, asked: int) -> N
 
 def test_what_a_root_leaves_is_asked_and_gets_what_is_left_of_the_grace(watchdog: harness.Watchdog) -> None:
     plan = member("root", member("quick", takes_s=0.2), member("slow", takes_s=30.0), takes_s=0.3)
-    server = start(watchdog, family(plan), grace_s=1.0)
+    server = start(watchdog, family(plan), grace_s=5.0)
     outcome = server.stop()
     assert (outcome.how, outcome.returncode) == ("killed", 0)
-    assert 1.0 <= outcome.seconds < 5.0
+    assert 5.0 <= outcome.seconds < 25.0
     for name in ("quick", "slow"):
         assert time_of(server, name, "asked") >= time_of(server, "root", "ends")
     assert len(said(server, "quick", "ends")) == 1
@@ -137,7 +137,7 @@ def test_each_level_of_a_tree_is_asked_when_the_one_above_has_ended(watchdog: ha
 
 def test_a_daemon_that_ignores_sigterm_is_killed(watchdog: harness.Watchdog) -> None:
     plan = member("root", member("daemon", member("worker", term="ignore", daemon=True), term="ignore", daemon=True))
-    server = start(watchdog, family(plan), grace_s=0.3)
+    server = start(watchdog, family(plan), grace_s=3.0)
     outcome = server.stop()
     assert (outcome.how, outcome.returncode) == ("killed", 0)
     assert not [name for name in ("daemon", "worker") if processes.identify(pid_of(server, name))]
@@ -151,7 +151,7 @@ def test_a_tree_that_forks_while_it_is_killed(watchdog: harness.Watchdog) -> Non
 
 
 def test_a_stop_takes_as_long_as_the_slowest(watchdog: harness.Watchdog) -> None:
-    servers = [watchdog.launch(family(member(takes_s=0.5)), ready=harness.log_line("^root ready")) for _ in range(4)]
+    servers = [watchdog.launch(family(member(takes_s=2.0)), ready=harness.log_line("^root ready")) for _ in range(4)]
     for server in servers:
         server.wait_ready(READY_S)
     began = time.monotonic()
@@ -160,9 +160,9 @@ def test_a_stop_takes_as_long_as_the_slowest(watchdog: harness.Watchdog) -> None
     slowest_s = max(time_of(s, "root", "ends") - time_of(s, "root", "asked") for s in servers)
     assert [(outcome.how, outcome.returncode) for outcome in report.outcomes] == [("asked", 0)] * 4
     assert slowest_s <= report.seconds <= took_s
-    assert took_s < slowest_s * 1.5 + 0.5  # one after the other they would take 2 s and more
+    assert took_s < 7.0  # one after the other they would take 8 s and more
     asked = [time_of(server, "root", "asked") for server in servers]
-    assert max(asked) - min(asked) < 0.3
+    assert max(asked) < min(time_of(server, "root", "ends") for server in servers)
 
 
 def test_a_report_of_nothing_and_of_servers_stopped_before(watchdog: harness.Watchdog) -> None:

@@ -114,7 +114,7 @@ class Run:
         tests: int = 1,
         servers: Sequence[Sequence[str]] = (POLITE, STUBBORN),
         grace_s: float = 15.0,
-        crash_grace_s: float = 0.5,
+        crash_grace_s: float = 2.0,
         is_piped: bool = False,
     ) -> None:
         self.directory = directory

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 PLAIN: tuple[str, ...] = ("-p", "no:xdist")
 XDIST = ("-n", "2", "--dist", "load")
-# How long until everything must be gone: the crash grace of 0.5 s, and time to spare on a busy machine.
-GONE_S = 10.0
+# How long until everything must be gone: the crash grace of 2 s, and time to spare on a busy machine.
+GONE_S = 30.0
 
 
 def check_gone(run: Run, ups: list[Up], watched: Watched, *, within_s: float = GONE_S) -> None:
@@ -48,7 +48,7 @@ def everything(ups: list[Up]) -> list[int]:
     ],
 )
 def test_the_test_ends_the_process(start_run: StartRun, options: tuple[str, ...], ending: str) -> None:
-    run = start_run(*options, ending=GATE + ending, tests=2 if options is XDIST else 1, grace_s=0.5)
+    run = start_run(*options, ending=GATE + ending, tests=2 if options is XDIST else 1, grace_s=2.0)
     ups = run.ups()
     with Watched(everything(ups)) as watched:
         run.go()
@@ -60,10 +60,10 @@ def test_the_test_ends_the_process(start_run: StartRun, options: tuple[str, ...]
 @pytest.mark.parametrize("method", ["thread", "signal"])
 @pytest.mark.parametrize("options", [PLAIN, XDIST], ids=["plain", "xdist"])
 def test_pytest_timeout(start_run: StartRun, options: tuple[str, ...], method: str) -> None:
-    run = start_run(*options, "--timeout=6", f"--timeout-method={method}", tests=len(options) // 2, grace_s=0.5)
+    run = start_run(*options, "--timeout=12", f"--timeout-method={method}", tests=len(options) // 2, grace_s=2.0)
     ups = run.ups()
     with Watched(everything(ups)) as watched:
-        check_gone(run, ups, watched, within_s=6 + GONE_S)
+        check_gone(run, ups, watched, within_s=12 + GONE_S)
         assert run.end() != 0
 
 
@@ -121,7 +121,7 @@ def test_ctrl_c_with_eight_slow_servers_in_one_worker(start_run: StartRun) -> No
     pids = everything(ups)
     with Watched(pids) as watched:
         os.killpg(run.process.pid, signal.SIGINT)
-        assert watched.wait_gone(15.0) == []
+        assert watched.wait_gone(40.0) == []
     assert {tree[0] for tree in ups[0].trees} <= run.asked()
 
 
@@ -142,7 +142,7 @@ def test_the_watchdog_is_killed(start_run: StartRun, options: tuple[str, ...]) -
 @pytest.mark.parametrize("options", [PLAIN, ("-n", "1")], ids=["plain", "xdist"])
 def test_a_keeper_is_killed(start_run: StartRun, options: tuple[str, ...]) -> None:
     """The kernel ends its root at once, and what is below re-parents to the watchdog, which asks and kills it."""
-    run = start_run(*options, grace_s=1.0)
+    run = start_run(*options, grace_s=2.0)
     ups = run.ups()
     first, second = ups[0].trees
     with Watched([*first, ups[0].keepers[0]]) as hit, Watched([*second, ups[0].keepers[1], ups[0].watchdog]) as rest:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from faults.pending import Pending
-from faults.runs import STUBBORN, TREE_SERVER, Watched
+from faults.runs import GATE, STUBBORN, TREE_SERVER, Watched
 from processes import identities, is_running, wait_for
 
 import harness
@@ -58,7 +58,7 @@ SCRIPT = """
     with harness.Watchdog() as watchdog:
         with watchdog.group() as group:
             for _ in range(2):
-                group.launch({command!r}, ready=harness.log_line("ready"), grace_s=1.0)
+                group.launch({command!r}, ready=harness.log_line("ready"), grace_s=6.0)
             group.wait_ready(timeout_s=60)
             print(watchdog.pid, *[pid for server in group.servers for pid in server.pids()], flush=True)
             for attempt in range({interrupts}):
@@ -68,7 +68,7 @@ SCRIPT = """
                 except KeyboardInterrupt:
                     pass
             report = group.stop()
-        print([(outcome.how, outcome.returncode, outcome.seconds >= 1.0) for outcome in report.outcomes])
+        print([(outcome.how, outcome.returncode, outcome.seconds >= 6.0) for outcome in report.outcomes])
         print(watchdog.close().is_clean)
 """
 
@@ -97,16 +97,17 @@ def test_ctrl_c_during_a_stop_in_a_script(tmp_path: Path, bystander: int, interr
 
 @pytest.mark.parametrize("interrupts", [1, 2, 3])
 def test_ctrl_c_during_a_teardown_in_pytest(start_run: StartRun, interrupts: int) -> None:
-    run = start_run(ending="pass", servers=[STUBBORN] * 2, grace_s=1.5)
+    run = start_run(ending=GATE + "pass", servers=[STUBBORN] * 2, grace_s=8.0)
     (up,) = run.ups()
     with Watched([up.watchdog, *up.keepers, *up.server_pids]) as watched:
+        run.go()
         wait_for(lambda: len(run.asked()) >= 2, TIMEOUT_S, "they are asked")
         for _ in range(interrupts):
             wait_for(lambda: run.process.poll() is not None or handled(up.client), TIMEOUT_S, "the interrupt is taken")
             if run.process.poll() is None:
                 run.process.send_signal(signal.SIGINT)
-        assert run.end(20.0) != 0
-        assert watched.wait_gone(3.0) == []
+        assert run.end() != 0
+        assert watched.wait_gone(20.0) == []
 
 
 # ---- a second stop while the first runs
@@ -132,7 +133,7 @@ def test_a_second_stop_with_a_longer_grace_does_not_lengthen_the_first(
 ) -> None:
     server = launch(guarded, tmp_path, "--ignore", grace_s=60.0)
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(server.stop, grace_s=0.5)
+        first = pool.submit(server.stop, grace_s=3.0)
         wait_until(server, "asked")
         second = server.stop(grace_s=50.0)
         assert second == first.result(TIMEOUT_S)
@@ -174,7 +175,7 @@ def test_close_while_a_launch_hangs_before_its_program(guarded: harness.Watchdog
         with Watched(roots(guarded)) as watched:
             began = time.monotonic()
             report = guarded.close()
-            assert time.monotonic() - began < 5.0
+            assert time.monotonic() - began < 9.0
             assert watched.alive() == []
         with pytest.raises(harness.LaunchFailed, match="before its program was executed"):
             launching.result(TIMEOUT_S)
@@ -220,8 +221,8 @@ def test_leaving_a_group_while_a_launch_hangs_before_its_program(guarded: harnes
 
 
 def test_close_while_a_stop_runs(guarded: harness.Watchdog, tmp_path: Path) -> None:
-    server = launch(guarded, tmp_path, "--ignore", grace_s=0.7)
-    other = launch(guarded, tmp_path, grace_s=0.7)
+    server = launch(guarded, tmp_path, "--ignore", grace_s=3.0)
+    other = launch(guarded, tmp_path, grace_s=30.0)
     with ThreadPoolExecutor(1) as pool:
         stop = pool.submit(guarded.stop, [server])
         wait_until(server, "asked")
@@ -252,7 +253,7 @@ def test_launches_while_it_closes_are_refused_or_stopped(guarded: harness.Watchd
     assert slow.state == "gone"
     assert not [server for server in launched if server.is_alive]
     names = {outcome.name for outcome in report.outcomes}
-    assert {server.name for server in launched} <= names
+    assert {server.name for server in launched if server.outcome is not None} <= names
     with pytest.raises(harness.HarnessError, match="has been closed"):
         guarded.launch(["true"])
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 TIMEOUT_S = 30.0
 GRACE_S = 0.3
 # A stop may take so long beside its grace and the time that SIGKILL gets; machines are busy.
-SLACK_S = 2.5
+SLACK_S = 8.0
 
 
 @pytest.fixture(params=[Frozen, Traced], ids=["frozen", "traced"])
@@ -41,9 +41,11 @@ def holder(request: pytest.FixtureRequest) -> Iterator[Holder]:
     made.release()
 
 
-def launch(owner: harness.Watchdog | harness.ServerGroup, marks: Path, *options: str) -> harness.Server:
+def launch(
+    owner: harness.Watchdog | harness.ServerGroup, marks: Path, *options: str, grace_s: float = GRACE_S
+) -> harness.Server:
     command = [sys.executable, "-I", "-S", str(TREE_SERVER), str(marks), *options]
-    server = owner.launch(command, ready=harness.log_line("ready"), grace_s=GRACE_S)
+    server = owner.launch(command, ready=harness.log_line("ready"), grace_s=grace_s)
     return server.wait_ready(timeout_s=TIMEOUT_S)
 
 
@@ -56,14 +58,14 @@ def keeper_of(server: harness.Server) -> int:
 def test_it_is_reported_and_its_end_is_seen(guarded: harness.Watchdog, holder: Holder, tmp_path: Path) -> None:
     with pytest.raises(harness.Leaked) as caught, guarded.group() as group:  # noqa: PT012 - it is the leaving that raises
         stuck = launch(group, tmp_path)
-        others = [launch(group, tmp_path), launch(group, tmp_path, "--ignore")]
+        others = [launch(group, tmp_path, grace_s=4.0), launch(group, tmp_path, "--ignore")]
         (held,) = [pid for pid in stuck.pids() if procfs.stat(pid).parent == stuck.pid]  # type: ignore[union-attr]
         holder.hold([held])
         began = time.monotonic()
     took_s = time.monotonic() - began
     assert KILL_LIMIT_S <= took_s < GRACE_S + KILL_LIMIT_S + SLACK_S
     report = group.stop()  # it says the same, at once
-    assert time.monotonic() - began < took_s + 1.0
+    assert time.monotonic() - began < took_s + 4.0
     assert not report.is_clean
     (survivor,) = report.survivors
     assert (survivor.pid, survivor.state in "Dt", str(TREE_SERVER) in survivor.command) == (held, True, True)
@@ -71,7 +73,7 @@ def test_it_is_reported_and_its_end_is_seen(guarded: harness.Watchdog, holder: H
     assert f"{stuck.name!r} (pid {stuck.pid}): unkillable" in str(caught.value)
     assert f"pid {held} in state {survivor.state}" in str(caught.value)
     assert [outcome.how for outcome in report.outcomes] == ["unkillable", "asked", "killed"]
-    assert all(server.outcome and server.outcome.seconds < GRACE_S + SLACK_S for server in others)
+    assert all(server.outcome and server.outcome.seconds < KILL_LIMIT_S for server in others)
     assert (stuck.state, stuck.is_alive) == ("unkillable", True)
 
     holder.release()
@@ -96,7 +98,7 @@ def test_close_returns_and_its_keeper_stays_until_it_has_gone(
         assert watched.alive() == [keeper, server.pid]
         assert server.is_alive
         holder.release()
-        assert watched.wait_gone(3.0) == []
+        assert watched.wait_gone(20.0) == []
     assert not server.is_alive
 
 
@@ -109,10 +111,10 @@ def test_close_returns_after_the_watchdogs_death(guarded: harness.Watchdog, hold
         began = time.monotonic()
         with pytest.raises(harness.WatchdogDied):
             guarded.close()
-        assert time.monotonic() - began < 12.0
+        assert time.monotonic() - began < 30.0
         assert watched.alive() == [keeper, server.pid]
         holder.release()
-        assert watched.wait_gone(3.0) == []
+        assert watched.wait_gone(20.0) == []
 
 
 def test_what_a_lost_keeper_left_is_reported_too(guarded: harness.Watchdog, holder: Holder, tmp_path: Path) -> None:
@@ -141,9 +143,9 @@ def test_pytest_ends_and_names_it(start_run: StartRun, holder: Holder) -> None:
         assert run.end(GRACE_S + KILL_LIMIT_S + 3 * SLACK_S) == 1
         assert "Leaked: processes survived SIGKILL" in run.text()
         assert f"pid {held} in state" in run.text()
-        assert set(watched.wait_gone(1.0)) == {held, up.keepers[1]}
+        assert set(watched.wait_gone(4.0)) == {held, up.keepers[1]}
         holder.release()
-        assert watched.wait_gone(3.0) == []
+        assert watched.wait_gone(20.0) == []
 
 
 def test_so_many_that_no_report_can_name_all(guarded: harness.Watchdog, tmp_path: Path) -> None:
@@ -158,7 +160,7 @@ def test_so_many_that_no_report_can_name_all(guarded: harness.Watchdog, tmp_path
         assert len(outcome.survivors) == MOST_NAMED
         assert {survivor.pid for survivor in outcome.survivors} <= set(pids)
         holder.release()
-        assert storm.is_over(5.0)
+        assert storm.is_over(30.0)
         wait_for(lambda: not server.is_alive, TIMEOUT_S, "its end is seen")
         assert server.stop().how == "killed"
     finally:
@@ -174,11 +176,11 @@ directory, program, server = sys.argv[1:]
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 import harness
 watchdog = harness.Watchdog(state_dir=directory + "/state").start()
-server = watchdog.launch([program, "-I", "-S", "-c", server], ready=harness.log_line("ready"), grace_s=0.3)
+server = watchdog.launch([program, "-I", "-S", "-c", server], ready=harness.log_line("ready"), grace_s=4.0)
 print(server.wait_ready(timeout_s=30).pid, flush=True)
 def stop():
     report = watchdog.stop([server])
-    print([(o.how, o.seconds < 8.0, [s.pid for s in o.survivors]) for o in report.outcomes], flush=True)
+    print([(o.how, o.seconds < 25.0, [s.pid for s in o.survivors]) for o in report.outcomes], flush=True)
     print(report, open(os.path.dirname(server.log_path) + "/watchdog.log").read(), file=sys.stderr)
 sys.stdin.readline()
 stop()

@@ -24,34 +24,38 @@ def main() -> None:
         os.setgroups([])
         os.setgid(options.uid)
         os.setuid(options.uid)
+    take_sigterm(options)  # each process that is forked from here has it from its first instant on
     if os.fork() == 0:
-        serve(options)
+        serve()
     read_end, write_end = os.pipe()
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
             os.write(write_end, b"up")
             os.environ.clear()
-            serve(options)
+            serve()
         os._exit(0)
     os.wait()
     os.read(read_end, 2)
     os.write(1, b"ready\n")
-    serve(options)
+    serve()
 
 
-def serve(options: argparse.Namespace) -> None:
+def take_sigterm(options: argparse.Namespace) -> None:
     def on_sigterm(_signal: int, _frame: object) -> None:
         os.close(os.open(os.path.join(options.marks, f"asked-{os.getpid()}"), os.O_CREAT | os.O_WRONLY))
         if not options.ignore:
             time.sleep(options.stop_s)  # that is what this server is asked to do: to take its time
             os._exit(0)
 
+    signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def serve() -> None:
     # Not signal.pause(): one that comes just before it sleeps is seen only after the next one.
     signals, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
-    signal.signal(signal.SIGTERM, on_sigterm)
     while True:
         os.read(signals, 1)
 

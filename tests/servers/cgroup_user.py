@@ -21,8 +21,10 @@ def main() -> None:
     signals, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
+    prepared, says_so = os.pipe()
     child = os.fork()
     if child == 0:
+        os.read(prepared, 1)
         if how != "leave":
             os.makedirs(f"{own}/a/b")
             move(f"{own}/a/b")
@@ -32,6 +34,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: end(child))
     else:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.write(says_so, b"1")
     while True:
         os.read(signals, 1)
 

@@ -90,7 +90,7 @@ def test_one(starts_late):
     assert answers(starts_late)
 """
     )
-    result = run(pytester, "-W", "error", "--reruns", "1", *workers)
+    result = run(pytester, "-W", "error", "--reruns", "1", "-rR", *workers)
     assert result.parseoutcomes() == {"passed": 1, "rerun": 1}
     record.check()
 
@@ -125,7 +125,7 @@ def test_hangs_first(own):
         time.sleep(0.01)
 """
     )
-    result = run(pytester, "-W", "error", "--reruns", "1", *workers)
+    result = run(pytester, "-W", "error", "--reruns", "1", "-rR", *workers)
     assert result.parseoutcomes() == {"passed": 1, "rerun": 1}
     first, second = record.check(servers=2)
     assert first.client == second.client

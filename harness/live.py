@@ -104,9 +104,7 @@ def _describe(stat: procfs.Stat) -> LiveWatchdog | None:
         return None
     entries = _entries(log.parent, stat.pid)
     children = [found for pid in procfs.children(stat.pid) if (found := procfs.stat(pid)) is not None]
-    keepers = [
-        found for found in children if found.state not in "ZX" and procfs.name(found.pid) in {_KEEPER, _WATCHDOG}
-    ]
+    keepers = [found for found in children if procfs.name(found.pid) in {_KEEPER, _WATCHDOG}]
     servers = [server for keeper in keepers if (server := _server(keeper, entries)) is not None]
     pid = log.parent.name.partition("-")[0]
     return LiveWatchdog(
@@ -136,7 +134,7 @@ def _server(keeper: procfs.Stat, entries: list[Entry]) -> Server | None:
     entry = next((each for each in entries if each.keeper == who), None)
     tree = procfs.descendants(keeper.pid)
     if entry is None and not tree:
-        return None  # a keeper that is on its way in or out: it has no server
+        return None  # a keeper that is on its way in or out, which removes its entry: it has no server
     root = entry.root if entry is not None else None
     memory, ports = _resources(tree)
     return Server(

@@ -34,7 +34,7 @@ class Orphans:
     def fresh(self) -> list[int]:
         """Give the orphans that have come since the last call, with all below them."""
         found: dict[int, None] = {}
-        # What one has left that ends between the two looks is in neither, but is this process's child by the next.
+        # A child of one that ends between these two is in neither list; the next look finds it among this process's.
         for _ in range(_LOOKS):
             tops = set(procfs.children(os.getpid())) - self._keepers() - self._known
             self._known |= tops

@@ -201,9 +201,9 @@ class Script:
         return self.process.communicate(timeout=60)[1]
 
     def left(self) -> list[processes.Identity]:
-        """Give what runs, but for keepers and a watchdog that are on their way out."""
-        ours = [who for who in self.tree if processes.name(who.pid).startswith("harness-")]
-        return processes.left_after(ours, 20.0) + [who for who in self.tree if processes.is_running(who)]
+        """Give what runs, but for keepers that are on their way out."""
+        keepers = [who for who in self.tree if processes.name(who.pid) == "harness-keeper"]
+        return processes.left_after(keepers, 20.0) + [who for who in self.tree if processes.is_running(who)]
 
 
 @pytest.fixture(params=SHAPES["A script without pytest"].scripts)

@@ -38,13 +38,13 @@ def test_a_server_that_is_stopped_before_its_deadline_has_no_reason(watchdog: ha
 
 def test_the_deadline_is_kept_while_the_test_process_is_stopped(tmp_path: Path) -> None:
     script = f"""
-import os, signal
+import os, signal, time
 import harness
 watchdog = harness.Watchdog(state_dir={str(tmp_path / "state")!r}).start()
 other = watchdog.launch(["sleep", "600"])
 server = watchdog.launch(["sh", "-c", "trap '' TERM; sleep 600 & wait; wait"], deadline_s=4.0, grace_s=0.2)
-while len(server.pids()) < 2:
-    pass
+while server.is_alive and len(server.pids()) < 2:
+    time.sleep(0.01)  # nothing tells of a shell's child
 print(*[other.pid, *server.pids()], flush=True)
 signal.pause()
 """

@@ -13,6 +13,7 @@ import pytest
 from servers.commands import READY_S, family, member, pid_of, web
 
 import harness
+from harness import readiness
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,6 +53,14 @@ def test_http_another_status_path_and_port(watchdog: harness.Watchdog) -> None:
     assert "GET /v1?a=%20&b HTTP/1.1" in server.wait_ready(READY_S).log_tail()
 
 
+@pytest.fixture
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a request that blocks the wait cost a minute, which shows on the busiest machine."""
+    monkeypatch.setattr(readiness, "_PATIENCE_S", 60.0)
+    monkeypatch.setattr(readiness, "_ONCE_S", 60.0)
+
+
+@pytest.mark.usefixtures("_patient")
 def test_http_a_silent_server_is_given_up_in_time(watchdog: harness.Watchdog) -> None:
     server = watchdog.launch(web("silent"), ready=harness.log_line("listening")).wait_ready(READY_S)
     server.ready = harness.http_ok()
@@ -61,6 +70,7 @@ def test_http_a_silent_server_is_given_up_in_time(watchdog: harness.Watchdog) ->
     assert time.monotonic() - began < 20.0
 
 
+@pytest.mark.usefixtures("_patient")
 def test_http_a_silent_server_does_not_hold_up_the_others(watchdog: harness.Watchdog) -> None:
     with watchdog.group("dp") as group:
         for behaviour in ("silent", "silent", "silent"):

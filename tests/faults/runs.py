@@ -125,6 +125,7 @@ class Run:
         (directory / "pytest.ini").write_text(f"[pytest]\nharness_crash_grace_s = {crash_grace_s}\n", encoding="utf-8")
         self.output = directory / "output"
         self._tests = tests
+        self._crash_grace_s = crash_grace_s
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
@@ -173,7 +174,9 @@ class Run:
         for path in self.directory.glob("up-*.json"):
             up = Up(**json.loads(path.read_text(encoding="utf-8")))
             with contextlib.suppress(ProcessLookupError), Watched([up.watchdog, *up.keepers]) as owners:
-                owners.wait_gone(2.0)  # they may be on their way out, and remove what they have made
+                owners.wait_gone(
+                    self._crash_grace_s + 2.0
+                )  # they may be on their way out, and remove what they have made
             pids += [pid for pid in (up.watchdog, *up.keepers, *up.server_pids) if self._is_ours(pid)]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):

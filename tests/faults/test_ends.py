@@ -151,7 +151,7 @@ def test_a_keeper_is_killed(start_run: StartRun, options: tuple[str, ...]) -> No
         assert set(first[1:]) <= run.asked()
         assert rest.alive() == [*second, ups[0].keepers[1], ups[0].watchdog], "another server was harmed"
         os.killpg(run.process.pid, signal.SIGINT)
-        assert rest.wait_gone(20.0) == []
+        assert rest.wait_gone(GONE_S) == []
         run.end()
 
 

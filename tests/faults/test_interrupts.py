@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # One that strikes in the callback of a weak reference is raised to nobody: Python says so, and goes on.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <function Weak:pytest.PytestUnraisableExceptionWarning"
+)
 
 # Each trial is interrupted at another instant of the few milliseconds that a request takes.
 TRIALS = 150

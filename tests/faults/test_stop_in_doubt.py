@@ -175,7 +175,7 @@ def test_close_while_a_launch_hangs_before_its_program(guarded: harness.Watchdog
         with Watched(roots(guarded)) as watched:
             began = time.monotonic()
             report = guarded.close()
-            assert time.monotonic() - began < 9.0
+            assert time.monotonic() - began < 6.0
             assert watched.alive() == []
         with pytest.raises(harness.LaunchFailed, match="before its program was executed"):
             launching.result(TIMEOUT_S)
@@ -244,6 +244,7 @@ def test_launches_while_it_closes_are_refused_or_stopped(guarded: harness.Watchd
     with ThreadPoolExecutor(3) as pool:
         loops = [pool.submit(launch_on) for _ in range(3)]
         wait_for(lambda: len(launched) >= 3, TIMEOUT_S, "they launch")
+        before = {server.name for server in launched}
         report = guarded.close()
         for loop in loops:
             error = loop.exception(TIMEOUT_S)
@@ -253,7 +254,7 @@ def test_launches_while_it_closes_are_refused_or_stopped(guarded: harness.Watchd
     assert slow.state == "gone"
     assert not [server for server in launched if server.is_alive]
     names = {outcome.name for outcome in report.outcomes}
-    assert {server.name for server in launched if server.outcome is not None} <= names
+    assert before <= names
     with pytest.raises(harness.HarnessError, match="has been closed"):
         guarded.launch(["true"])
 

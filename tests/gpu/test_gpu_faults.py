@@ -373,7 +373,7 @@ def test_a_driver_that_hangs_delays_no_signal_and_no_reply(standin: Standin, wat
     reports: list[harness.StopReport] = []
     thread = threading.Thread(target=lambda: reports.append(watchdog.stop([server])))
     thread.start()
-    processes.wait_gone(root, 15.0)
+    processes.wait_gone(root, 8.0)
     began = time.monotonic()
     assert beside.state == "running"
     assert row_of(watchdog.stop([beside])).verdict == "freed"

@@ -101,7 +101,7 @@ def test_a_run_on_the_stand_in(standin: Standin, tmp_path: Path) -> None:
     )
     assert done.returncode in {0, 1}, done.stderr
     content = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
-    assert [text for text in content["wrong"] if "the sampler" not in text] == []
+    assert [text for text in content["wrong"] if "after the sampler" not in text] == []
     assert len(content["about"]["devices"]) == len(standin.uuids)
     assert [trial["name"] for trial in content["trials"]] == [
         "4 servers on one device",

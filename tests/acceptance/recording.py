@@ -174,9 +174,7 @@ class Record:
         ups = self.ups()
         assert ups
         assert servers in (None, len(ups))
-        processes.wait_gone((who for up in ups for who in (*up.tree, *up.people[-2:])), timeout_s)
-        # A keeper may still be on its way out when it has told that its server is gone.
-        processes.wait_gone((up.people[-3] for up in ups), max(timeout_s, 20.0))
+        processes.wait_gone((who for up in ups for who in up.people), timeout_s)
         marked = processes.marked(f"{PATH}={self._path}")
         assert not marked, processes.describe(marked)
         for number, one in enumerate(ups):

@@ -205,11 +205,11 @@ def test_first_the_servers_of_the_hung_test_are_stopped_then_all(pytester: pytes
         processes.wait_for(lambda: noted_all(pytester.path), 30.0, "its servers")
         own, shared = noted(pytester.path, "own"), noted(pytester.path, "shared")
         with Watched([process.pid]) as client, Watched(shared) as others, Watched(own) as its:
-            assert its.wait_gone(60.0) == []
+            assert its.wait_gone(30.0) == []
             assert others.alive() == shared
-            assert others.wait_gone(60.0) == []
+            assert others.wait_gone(30.0) == []
             assert client.alive() == [process.pid]
-        assert process.wait(60) == -9
+        assert process.wait(30) == -9
 
 
 def noted_all(path: Path) -> bool:
@@ -537,7 +537,7 @@ def test_a_process_that_is_traced_after_its_deadline_is_not_ended(pytester: pyte
     with subprocess.Popen(command, cwd=pytester.path, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) as process:
         processes.wait_for(lambda: noted_all(pytester.path), 30.0, "its servers")
         with Watched(noted(pytester.path, "own")) as own:
-            assert own.wait_gone(60.0) == []
+            assert own.wait_gone(30.0) == []
         tracer = [sys.executable, "-c", seize, str(process.pid)]
         with subprocess.Popen(tracer, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as debugger:
             assert debugger.stdout is not None
@@ -545,4 +545,4 @@ def test_a_process_that_is_traced_after_its_deadline_is_not_ended(pytester: pyte
             with Watched([process.pid]) as client:
                 assert client.wait_gone(SLOW_GRACE_S + 1.0) == [process.pid]
             debugger.communicate(b"\n")
-        assert process.wait(60) == -9
+        assert process.wait(30) == -9

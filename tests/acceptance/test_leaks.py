@@ -22,8 +22,6 @@ def command(code):
 
 """
 STRICT = "--harness-strict"
-# What is on its way out is gone in a moment, which is the machine's to choose.
-PATIENT = "from harness.reporting import leaks\nleaks._MOMENT_S = leaks._LEAVING_S = 30.0\n"
 
 
 def run(pytester: pytest.Pytester, suite: str, *options: str) -> pytest.RunResult:
@@ -271,7 +269,6 @@ def test_a_server_that_the_test_has_killed_itself_is_no_leak(pytester: pytest.Py
     def test_kills(watchdog, number):
         os.kill(watchdog.launch(["sleep", "600"], name=f"k{number}").pid, signal.SIGKILL)
     """
-    pytester.makeconftest(PATIENT)
     result = run(pytester, suite, STRICT)
     result.assert_outcomes(passed=8)
     result.stdout.fnmatch_lines(["DIED: server 'k0': killed by SIGKILL [[]in test_it.py::test_kills[[]0]]"])

@@ -203,7 +203,7 @@ class Script:
     def left(self) -> list[processes.Identity]:
         """Give what runs, but for keepers that are on their way out."""
         keepers = [who for who in self.tree if processes.name(who.pid) == "harness-keeper"]
-        return processes.left_after(keepers, 20.0) + [who for who in self.tree if processes.is_running(who)]
+        return processes.left_after(keepers, 2.0) + [who for who in self.tree if processes.is_running(who)]
 
 
 @pytest.fixture(params=SHAPES["A script without pytest"].scripts)

@@ -36,7 +36,7 @@ def nothing_survives(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # A keeper may still be on its way out when it has told that its server is gone, and a broker when its watchdog has
     # ended; servers may not.
     keepers = [pid for pid in left if processes.name(pid) in {"harness-keeper", "harness-broker"}]
-    processes.wait_gone(keepers, 20.0)
+    processes.wait_gone(keepers, 2.0)
     assert not (set(left) - set(keepers)), processes.describe(set(left) - set(keepers))
     fresh = set(processes.tree(os.getpid())) - children
     assert not fresh, processes.describe(fresh)
@@ -51,7 +51,7 @@ def watchdog(tmp_path: Path) -> Iterator[harness.Watchdog]:
         yield owner
         everything = processes.identities(processes.tree(owner.pid or 0))
     keepers = [who for who in everything if processes.name(who.pid) in {"harness-keeper", "harness-broker"}]
-    processes.wait_gone(keepers, 20.0)
+    processes.wait_gone(keepers, 2.0)
     assert not [who for who in everything if processes.is_running(who)]
     assert not owner.is_alive
     for server in owner.servers:

@@ -54,7 +54,7 @@ def threads() -> list[str]:
 
 def wait_for_threads() -> None:
     """See that no thread is left: one that has told its task that it ends is still there for a moment."""
-    processes.wait_for(lambda: threads() == [], 20.0, "the thread ends")
+    processes.wait_for(lambda: threads() == [], 2.0, "the thread ends")
 
 
 async def take_turns(then: Callable[[], object], is_due: Callable[[], bool] = lambda: True) -> None:

@@ -108,7 +108,7 @@ def test_programs_that_cannot_be_executed(watchdog: harness.Watchdog, tmp_path: 
         watchdog.launch(["sleep", "x" * 2**17])
     assert watchdog.servers == ()
     people = processes.identities(processes.tree(watchdog.pid or 0))
-    assert not processes.left_after(people, 20.0)  # keepers that are on their way out
+    assert not processes.left_after(people, 2.0)  # keepers that are on their way out
     logs = [path.name for path in (tmp_path / "state").rglob("*rank0*")]
     assert logs == []
 

@@ -120,7 +120,7 @@ def test_a_group_stops_in_parallel(watchdog: harness.Watchdog) -> None:
     took_s = time.monotonic() - began
     asked, ends = ([time_of(server, "root", what) for server in group.servers] for what in ("asked", "ends"))
     assert max(asked) < min(ends)
-    assert took_s < 7.0  # one after the other they would take 8 s and more
+    assert took_s < 5.0  # one after the other they would take 8 s and more
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])

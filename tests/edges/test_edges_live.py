@@ -108,6 +108,22 @@ def test_the_table_shows_what_a_person_needs(only_ours: harness.Watchdog, capsys
     os.kill(only_ours.pid or 0, signal.SIGCONT)
 
 
+def test_a_keeper_that_is_leaving_is_no_server_and_one_that_was_killed_has_its_own(watchdog: harness.Watchdog) -> None:
+    with subprocess.Popen(SLEEP) as bare:
+        stat = procfs.stat(bare.pid)
+        bare.kill()
+    assert stat is not None
+    assert live._server(stat, []) is None
+    server = watchdog.launch(SLEEP, name="one")
+    keeper = processes.parent(server.pid)
+    os.kill(watchdog.pid or 0, signal.SIGSTOP)  # so that it cannot end what it has lost
+    wait_for(lambda: state_of(watchdog.pid or 0) == "T", READY_S, "it is stopped")
+    os.kill(keeper, signal.SIGKILL)
+    wait_for(lambda: state_of(keeper) == "Z", READY_S, "its keeper has died")
+    assert [each.name for each in of(watchdog).servers] == ["one"]
+    os.kill(watchdog.pid or 0, signal.SIGCONT)
+
+
 def test_json_is_for_programs(watchdog: harness.Watchdog) -> None:
     server = watchdog.launch(SLEEP, name="one")
     command = [sys.executable, "-m", "harness", "ps", "--json"]

@@ -87,7 +87,7 @@ def guarded(tmp_path: Path, bystander: int, monkeypatch: pytest.MonkeyPatch) -> 
     with contextlib.suppress(harness.WatchdogDied):
         owner.close()
     try:
-        processes.wait_for(lambda: not processes.marked(mark), 20.0, "keepers have left")
+        processes.wait_for(lambda: not processes.marked(mark), 2.0, "keepers have left")
     finally:
         _kill(processes.marked(mark))
     with Watched([bystander]) as watched:

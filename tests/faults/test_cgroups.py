@@ -60,7 +60,7 @@ def nobody_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv(*mark.split("="))
     yield
     keepers = [pid for pid in processes.marked(mark) if processes.name(pid) in {"harness-keeper", "harness-watchd"}]
-    processes.wait_gone(keepers, 20.0)
+    processes.wait_gone(keepers, 5.0)
     assert processes.describe(processes.marked(mark)) == []
 
 

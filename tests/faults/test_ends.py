@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PLAIN: tuple[str, ...] = ("-p", "no:xdist")
 XDIST = ("-n", "2", "--dist", "load")
 # How long until everything must be gone: the crash grace of 2 s, and time to spare on a busy machine.
-GONE_S = 30.0
+GONE_S = 12.0
 
 
 def check_gone(run: Run, ups: list[Up], watched: Watched, *, within_s: float = GONE_S) -> None:
@@ -121,7 +121,7 @@ def test_ctrl_c_with_eight_slow_servers_in_one_worker(start_run: StartRun) -> No
     pids = everything(ups)
     with Watched(pids) as watched:
         os.killpg(run.process.pid, signal.SIGINT)
-        assert watched.wait_gone(40.0) == []
+        assert watched.wait_gone(15.0) == []
     assert {tree[0] for tree in ups[0].trees} <= run.asked()
 
 
@@ -151,7 +151,7 @@ def test_a_keeper_is_killed(start_run: StartRun, options: tuple[str, ...]) -> No
         assert set(first[1:]) <= run.asked()
         assert rest.alive() == [*second, ups[0].keepers[1], ups[0].watchdog], "another server was harmed"
         os.killpg(run.process.pid, signal.SIGINT)
-        assert rest.wait_gone(GONE_S) == []
+        assert rest.wait_gone(20.0) == []
         run.end()
 
 

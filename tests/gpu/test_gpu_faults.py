@@ -378,7 +378,7 @@ def test_a_driver_that_hangs_delays_no_signal_and_no_reply(standin: Standin, wat
     assert beside.state == "running"
     assert row_of(watchdog.stop([beside])).verdict == "freed"
     assert launch(watchdog, standin, gpus=1).gpus == (other,)
-    assert time.monotonic() - began < 30.0
+    assert time.monotonic() - began < 9.0  # a broker that is asked has 10 s to answer
     thread.join(SOON_S)
     standin.mend("nvmlDeviceGetMemoryInfo_v2", device)
     row = row_of(reports[0])
@@ -396,7 +396,7 @@ def test_a_lost_device_is_reported_and_not_waited_for(standin: Standin, watchdog
     assert launch(watchdog, standin, gpus=1).gpus == (other,)
     with pytest.raises(harness.GpuUnavailable, match=f"{device} is (lost|quarantined): .*GPU is lost"):
         launch(watchdog, standin)
-    assert time.monotonic() - began < 20.0
+    assert time.monotonic() - began < 9.0
 
 
 def test_a_device_that_is_lost_before_is_given_to_nobody(standin: Standin, watchdog: harness.Watchdog) -> None:
@@ -454,7 +454,7 @@ def test_a_broker_that_can_write_nothing_down_does_not_outlive_its_run(
     lock.unlink()
     lock.mkdir()
     holder.signal(signal.SIGKILL, "client")
-    processes.wait_gone(holder.everybody, 40.0)
+    processes.wait_gone(holder.everybody, 12.0)
     lock.rmdir()
     next_one(machine, machine.uuids[0]).close()
 

@@ -33,7 +33,7 @@ def watchdog(machine: Machine, tmp_path: Path) -> Iterator[harness.Watchdog]:
     with harness.Watchdog(state_dir=tmp_path / "state", crash_grace_s=0.5, gpu_release_s=1.5) as owner:
         yield owner
         everything = processes.identities(processes.tree(owner.pid or 0))
-    processes.wait_gone(everything, 20.0)
+    processes.wait_gone(everything, 2.0)
     assert machine.book(tmp_path / "state")["leases"] == []
 
 

@@ -152,7 +152,7 @@ def test_stop_leaks(watchdog):
     serve(watchdog, "--linger-ms", "60000", gpus=1, name="other").stop()
 """,
         "def test_needs_none(server_group):\n    serve(server_group)",
-        ini="harness_gpu_release_s = 0.5",
+        ini="harness_gpu_release_s = 3",
     )
     result = run(pytester, "-v")
     result.assert_outcomes(passed=4, errors=2)
@@ -160,7 +160,7 @@ def test_stop_leaks(watchdog):
         [
             "*ERROR at teardown of test_group_leaks*",
             "*GpuNotReleased: *",
-            "*'leaker': GPU 0 (GPU-*): held after * s, 3000 MiB now, 0 MiB before*",
+            "*'leaker': GPU 0 (GPU-*): held after 3.* s, 3000 MiB now, 0 MiB before*",
             "*of the server: pid *, 3000 MiB: *gpu_server.py*",
             "*ERROR at teardown of test_stop_leaks*",
             "*'other': GPU 1 (GPU-*): held after*",

@@ -363,8 +363,8 @@ def test_a_stopped_holder_is_named_in_time_and_waited_for(store: Store, holder: 
     processes.wait_for(lambda: is_stopped(holder.pid), 5.0, "it is stopped")
     began = time.monotonic()
     with pytest.raises(StoreBusy) as error:
-        store.change(add, timeout_s=0.4)
-    assert 0.4 <= time.monotonic() - began < 15.0
+        store.change(add, timeout_s=3.0)
+    assert 3.0 <= time.monotonic() - began < 8.0
     for word in (f"process {holder.pid} ", "which is stopped", "book.lock"):
         assert word in str(error.value)
     assert store.read() == {"number": 1}, "readers wait for nobody"
@@ -389,7 +389,7 @@ def test_one_whose_turn_it_is_and_who_does_not_move_is_passed(store: Store, next
     os.kill(next_one.pid, signal.SIGSTOP)
     began = time.monotonic()
     assert store.change(add, timeout_s=60.0) == 2
-    assert time.monotonic() - began < 15.0
+    assert time.monotonic() - began < 6.0
     assert store.change(add, timeout_s=0.0) == 3, "who has no time to wait asks once in any case"
 
 
@@ -441,7 +441,7 @@ def test_planted_files_are_refused_without_waiting(store: Store, path: Path, nam
     if name in FILES[:2]:
         with pytest.raises(StoreError, match=name):
             store.read()
-    assert time.monotonic() - began < 15.0
+    assert time.monotonic() - began < 12.0
     assert victim.read_text() == "as it was"
 
 
@@ -598,11 +598,11 @@ def test_a_crowd_loses_nothing_and_nobody_is_starved(store: Store, path: Path) -
     assert len(set(reads)) > 20
     assert sum(counts) > 160, "the machine was too busy to tell anything"
     assert [said[0]["content"]["counts"][str(number)] for number in range(16)] == counts, "an update was lost"
-    assert min(counts) >= sum(counts) / 16 / 5, f"somebody was starved: {counts}"
+    assert min(counts) >= sum(counts) / 16 / 2, f"somebody was starved: {counts}"
 
 
 def test_who_lets_go_does_not_overtake_who_waits(path: Path) -> None:
-    """Without turns, one of four that hold the lock for 2 ms has it some ten times before another gets it."""
-    *_, said = crowd(path, 4, 1.5, 0.002)
+    """Without turns, one of four that hold the lock for 20 ms has it some ten times before another gets it."""
+    *_, said = crowd(path, 4, 5.0, 0.02)
     assert sum(said["counts"]) > 40, "the machine was too busy to tell anything"
-    assert len(said["handoffs_s"]) >= 0.4 * sum(said["counts"])  # without turns a tenth
+    assert len(said["handoffs_s"]) >= 0.8 * sum(said["counts"])
